@@ -1,0 +1,1 @@
+"""Captioned pictures to train on: folders, webdataset shards and emoji scenes drawn on the fly."""

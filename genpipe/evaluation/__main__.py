@@ -1,0 +1,92 @@
+"""`python -m genpipe.evaluation FAMILY_FOLDER --out FOLDER`: the figures of a family's model card, on held-out scenes."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genpipe.clip.model import CLIP
+from genpipe.clip.rerank import score
+from genpipe.dalle1.dvae import DVAE
+from genpipe.dalle1.sampling import generate_tokens
+from genpipe.dalle1.transformer import DALLE1Transformer
+from genpipe.data.scenes import EmojiScenes
+from genpipe.errors import InputError
+from genpipe.evaluation.best_of_n import best_of_n_curve, plot_curve
+from genpipe.evaluation.clip import TWIN_KINDS, embed_pairs, retrieval_accuracy, twin_accuracy
+from genpipe.evaluation.reconstruction import reconstruction_figures
+from genpipe.images import to_unit
+from genpipe.parts import load_part
+
+
+def dvae_figures(folder: Path, scenes: EmojiScenes, count: int) -> dict[str, float]:
+    """Reconstruction of `count` held-out scenes and the use of the code book."""
+    pictures, _ = scenes.batch(0, count)
+    return reconstruction_figures(load_part(DVAE, folder / "dvae"), to_unit(pictures))
+
+
+def clip_figures(clip: CLIP, scenes: EmojiScenes, count: int) -> dict[str, float]:
+    """Retrieval among 100 held-out captions, and the share of scenes told from each kind of twin."""
+    figures = {f"twin_{kind}": twin_accuracy(clip, scenes, kind, count) for kind in TWIN_KINDS}
+    return {"retrieval_top1_of_100": retrieval_accuracy(clip, scenes, 100, max(1, count // 100)), **figures}
+
+
+@torch.no_grad()
+def best_of_figures(
+    folder: Path, clip: CLIP, scenes: EmojiScenes, prompts: int, candidates: int, guidance_scale: float
+) -> tuple[list[dict[str, float]], float]:
+    """The best-of-N curve of DALL-E 1 on held-out captions, and the score of the real scenes."""
+    dvae = load_part(DVAE, folder / "dvae")
+    transformer = load_part(DALLE1Transformer, folder / "transformer")
+    examples = [scenes.scene(i) for i in range(prompts)]
+    captions = [scenes.caption(s, np.random.default_rng(i), mention_background=True) for i, s in enumerate(examples)]
+    pictures = np.stack([scenes.draw(scene) for scene in examples]).transpose(0, 3, 1, 2)
+    real = (torch.mul(*embed_pairs(clip, pictures, captions))).sum(dim=1).mean()
+    null = transformer.tokenizer([""], transformer.config.text_length)
+    rows = []
+    for caption in captions:
+        batch = transformer.tokenizer([caption], transformer.config.text_length)
+        tokens = generate_tokens(
+            transformer,
+            batch.ids,
+            batch.mask,
+            [list(range(candidates))],
+            guidance_scale=guidance_scale,
+            null_text=(null.ids, null.mask),
+        )
+        rows.append(score(clip, dvae.decode(tokens[0]), caption))
+    return best_of_n_curve(torch.stack(rows)), float(real)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="genpipe.evaluation", description="Measure a family on held-out scenes.")
+    parser.add_argument("family", type=Path, help="folder with clip/, dvae/ and transformer/")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for figures.json and best_of_n.png")
+    parser.add_argument("--count", type=int, default=1000, help="held-out scenes for reconstruction and CLIP")
+    parser.add_argument("--prompts", type=int, default=40, help="held-out prompts for the best-of-N curve")
+    parser.add_argument("--candidates", type=int, default=64, help="candidates per prompt for the curve")
+    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale of the drawn candidates")
+    arguments = parser.parse_args()
+    try:
+        scenes = EmojiScenes(split="heldout")
+        clip = load_part(CLIP, arguments.family / "clip")
+        figures: dict[str, object] = {"dvae": dvae_figures(arguments.family, scenes, arguments.count)}
+        figures["clip"] = clip_figures(clip, scenes, arguments.count)
+        curve, real = best_of_figures(
+            arguments.family, clip, scenes, arguments.prompts, arguments.candidates, arguments.guidance
+        )
+        figures["best_of_n"] = {"guidance": arguments.guidance, "real_scenes": real, "curve": curve}
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "figures.json").write_text(json.dumps(figures, indent=1))
+        plot_curve(curve, arguments.out / "best_of_n.png", real)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Saving and loading one learned part, strictly and safely: safetensors and JSON, everything checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import uuid
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from genpipe.errors import InputError
+from genpipe.tokenizer import CaptionTokenizer
+
+FORMAT_VERSION = 1
+FORMAT_KEY = "_genpipe_format"  # diffusers leaves keys that begin with "_" alone when it reads a config
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+# safetensors' names of types -> (bytes per number, whether it is floating point)
+NUMBER_TYPES = {
+    "F64": (8, True), "F32": (4, True), "F16": (2, True), "BF16": (2, True), "I64": (8, False), "I32": (4, False),
+    "I16": (2, False), "I8": (1, False), "U8": (1, False), "BOOL": (1, False),
+}  # fmt: skip
+
+Part = TypeVar("Part", bound=ModelMixin)
+
+
+def save_part(model: Any, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """Write `model` (its weights as `dtype`, or as they are) to `folder`: all of it, or nothing and the old one stays.
+
+    The folder gets config.json with the format version, one safetensors file, and whatever else the part's own
+    save_pretrained writes. `model` is not changed. An existing folder is replaced only if it is empty or holds a part.
+    Raises InputError if it cannot be written (with the reason), or if a weight is too large for `dtype`.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG_NAME).is_file())):
+        raise InputError(f"{target} exists and is not the folder of a saved part, choose another name or remove it.")
+    fresh, old = (target.parent / f".{target.name}.{kind}-{uuid.uuid4().hex[:8]}" for kind in ("new", "old"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(fresh, max_shard_size="10000GB")
+        _rewrite_weights(fresh / WEIGHTS_NAME, dtype)
+        config = json.loads((fresh / CONFIG_NAME).read_text(encoding="utf-8"))
+        config[FORMAT_KEY] = FORMAT_VERSION
+        (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path in fresh.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():
+            target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{target} cannot be written ({error}); what was there before is untouched.") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_part(cls: type[Part], folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Part:
+    """Load a part of class `cls` that save_part (or diffusers) wrote, in eval mode, floating-point weights as `dtype`.
+
+    Nothing is unpickled, and the file's table of contents must equal the model's before any weight is read. Raises
+    InputError, one sentence that names the file, for: a missing folder or file, a config of another class, with unknown
+    entries or from a newer genpipe, a pickled, truncated or damaged weights file, and tensors that are missing,
+    unexpected or of another shape or kind (all of them are listed).
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        aside = sorted(root.parent.glob(f".{root.name}.old-*"))  # a save was killed between its two renames
+        hint = f" (its previous version is {aside[-1]}, rename that)" if aside else ""
+        raise InputError(f"{root} is not a folder, a saved {cls.__name__} was expected there{hint}.")
+    config = _read_config(cls, root / CONFIG_NAME)
+    weights = _find_weights(root)
+    _check_tensors(_read_header(weights), _expected_tensors(cls, config, root / CONFIG_NAME), weights)
+    try:
+        model = cls.from_pretrained(root, use_safetensors=True, local_files_only=True)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{weights} cannot be loaded as {cls.__name__} ({reason}).") from error
+    return nn.Module.to(model, dtype=dtype).eval()  # ModelMixin's own `to` advises against what is wanted here
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 in hex: of a file its contents, of a folder the relative names and contents of its files, in name order.
+
+    Hidden files and folders do not count. Raises InputError if there is nothing at `path`.
+    """
+    root = Path(path)
+    if root.is_file():
+        return _sha256_of_file(root)
+    if not root.is_dir():
+        raise InputError(f"{root} does not exist, so it has no checksum.")
+    names = {found.relative_to(root).as_posix(): found for found in root.rglob("*") if found.is_file()}
+    total = hashlib.sha256()
+    for name in sorted(names):
+        if not any(piece.startswith(".") for piece in name.split("/")):
+            total.update(f"{name}\0{_sha256_of_file(names[name])}\n".encode())
+    return total.hexdigest()
+
+
+def _sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _rewrite_weights(path: Path, dtype: torch.dtype | None) -> None:
+    """Store the floating-point tensors of a safetensors file as `dtype`; None leaves the file as it is."""
+    if dtype is None:
+        return
+    tensors = load_file(path)
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    too_large = [name for name, tensor in cast.items() if not torch.equal(tensor.isinf(), tensors[name].isinf())]
+    if too_large:
+        raise InputError(f"the weights {', '.join(too_large)} are too large for {dtype}; save with dtype=None.")
+    del tensors
+    save_file(cast, path, metadata={"format": "pt"})
+
+
+def _read_config(cls: type[ModelMixin], path: Path) -> dict[str, Any]:
+    """config.json, checked for class, format version and unknown entries."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}), so the part cannot be loaded.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(config, dict) or config.get("_class_name") != cls.__name__:
+        found = config.get("_class_name") if isinstance(config, dict) else None
+        raise InputError(f"{path} describes a {found!r}, expected was a {cls.__name__!r}.")
+    version = config.get(FORMAT_KEY, FORMAT_VERSION)  # absent when diffusers itself wrote the folder
+    if not isinstance(version, int) or version < 1:
+        raise InputError(f"{path} has the format version {version!r}, which is not a number from 1 on.")
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {version}, this genpipe reads up to {FORMAT_VERSION}; install a newer genpipe."
+        )
+    unknown = {key for key in config if not key.startswith("_")} - set(cls._get_init_keys(cls))
+    if unknown:
+        raise InputError(f"{path} has entries that {cls.__name__} does not know: {', '.join(sorted(unknown))}.")
+    return config
+
+
+def _find_weights(root: Path) -> Path:
+    """The safetensors file of a part's folder."""
+    path = root / WEIGHTS_NAME
+    if path.is_file():
+        return path
+    pickled = sorted(found.name for found in root.iterdir() if found.suffix in PICKLED_SUFFIXES)
+    if pickled:
+        raise InputError(
+            f"{root / pickled[0]} is a pickled file, which can run code when it is read, and is refused; "
+            f"{WEIGHTS_NAME} was expected."
+        )
+    raise InputError(f"{path} is missing, so the part cannot be loaded.")
+
+
+def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Name -> (shape, floating point?) of a safetensors file, after checking that the file is whole."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start[:2] == b"PK" or start[:1] == b"\x80":
+            raise InputError(f"{path} is a pickled file under the name of a safetensors file and is refused.")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise InputError(f"{path} is truncated or is not a safetensors file ({size} bytes).")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            table = {name: _checked_entry(entry, size - 8 - length) for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path} has a damaged table of contents ({error}).") from error
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size - 8 - length:
+        raise InputError(f"{path} is truncated or damaged: {end} bytes of weights expected, {size - 8 - length} found.")
+    return table
+
+
+def _checked_entry(entry: dict[str, Any], data_bytes: int) -> tuple[tuple[int, ...], bool]:
+    """One entry of a safetensors header -> (shape, floating point?); ValueError if it contradicts itself."""
+    shape = tuple(int(side) for side in entry["shape"])
+    width, floating = NUMBER_TYPES[entry["dtype"]]
+    first, last = entry["data_offsets"]
+    expected = width
+    for side in shape:
+        expected *= side
+    if last - first != expected or first < 0 or min(shape, default=0) < 0:
+        raise ValueError(f"{last - first} bytes for a {entry['dtype']} tensor of shape {list(shape)}")
+    return shape, floating
+
+
+def _expected_tensors(
+    cls: type[ModelMixin], config: dict[str, Any], path: Path
+) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Name -> (shape, floating point?) of the model that the config describes, built without memory for its weights."""
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    try:
+        try:
+            with torch.device("meta"):
+                model: Any = cls(**arguments)
+        except Exception:  # an initialisation that looks at values, or a config that does not fit: build it for real
+            model = cls(**arguments)
+    except Exception as error:  # whatever a constructor makes of a config that does not fit
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} does not describe a {cls.__name__} that can be built ({reason}).") from error
+    return {name: (tuple(t.shape), t.is_floating_point()) for name, t in model.state_dict().items()}
+
+
+def _check_tensors(
+    found: dict[str, tuple[tuple[int, ...], bool]], expected: dict[str, tuple[tuple[int, ...], bool]], path: Path
+) -> None:
+    """Raise InputError listing every tensor of the file that is missing, unexpected, or of another shape or kind."""
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    for name in expected:
+        if name in found and found[name] != expected[name]:
+            (shape, floating), (right_shape, right_floating) = found[name], expected[name]
+            kinds = "" if floating == right_floating else ", integer and floating point confused"
+            problems.append(f"mis-shaped {name} {list(shape)} instead of {list(right_shape)}{kinds}")
+    if problems:
+        raise InputError(f"{path} does not fit its config.json: {'; '.join(problems)}.")
+
+
+class OwnsTokenizer:
+    """Mixin, placed before ModelMixin, for parts that eat token ids: the tokenizer travels in the part's own folder.
+
+    `model.tokenizer` is a CaptionTokenizer, saved as tokenizer.json and read by from_pretrained, unless the part's
+    config has a `tokenizer_name`: then `named_tokenizer` makes it at first use.
+    """
+
+    config: Any
+    _tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that makes this part's ids. Raises InputError while there is none."""
+        if self._tokenizer is None:
+            name = self.config.get("tokenizer_name")
+            if name is None:
+                raise InputError(f"this {type(self).__name__} has no tokenizer yet; set its .tokenizer first.")
+            self._tokenizer = self.named_tokenizer(name)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: CaptionTokenizer) -> None:
+        self.check_tokenizer(tokenizer)
+        self._tokenizer = tokenizer
+
+    def check_tokenizer(self, tokenizer: CaptionTokenizer) -> None:
+        """Raise InputError if this part cannot use `tokenizer`; parts that know their table's size override this."""
+
+    def named_tokenizer(self, name: str) -> Any:
+        """The published tokenizer `name`; parts that can have one override this."""
+        raise InputError(f"{type(self).__name__} knows no published tokenizer, {name!r} neither.")
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """diffusers' save_pretrained (same arguments), and tokenizer.json beside the weights."""
+        named = self.config.get("tokenizer_name") is not None
+        own = None if named else self.tokenizer  # complains before anything is written
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
+        if is_main_process and own is not None:
+            own.save(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """diffusers' from_pretrained (same arguments) for a local folder; reads its tokenizer.json too."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple if output_loading_info was asked for
+        if model.config.get("tokenizer_name") is None:
+            folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+            model.tokenizer = CaptionTokenizer.load(folder)
+        return loaded

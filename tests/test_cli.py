@@ -1,0 +1,409 @@
+"""The `genpipe` command as a person meets it: files, output, exit codes, one-sentence errors, Ctrl-C."""
+
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+import genpipe
+from genpipe.images import read_recipe, save_png
+from pipelines.cli import main
+from pipelines.family import describe_family
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in this process, in an empty working folder."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def command(*arguments: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(int(end.value.code or 0), captured.out, captured.err)
+
+    return command
+
+
+def refused(result: Result) -> str:
+    """The one sentence of a refusal; fails unless the command ended as a refused one must."""
+    assert result.code == 2 and result.out == "", result
+    (line,) = [line for line in result.err.splitlines() if not line.startswith(("warning: ", "skipped: "))]
+    assert line.startswith("error: ")
+    return line
+
+
+def picture(path: Path, side: int = 20, colour: tuple[int, int, int] = (200, 30, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side), colour).save(path)
+    return path
+
+
+# generate -------------------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_the_best_pictures_with_their_recipes(run: Run, tiny_folder: Path) -> None:
+    result = run("generate", "a cat on a red background", "two dogs", "--family", tiny_folder, "--candidates", 5)
+    assert result.code == 0 and result.err == ""
+    names = [f"000{number}-{what}.png" for number in (1, 2) for what in (1, 2, 3, 4, "grid")]
+    assert sorted(path.name for path in Path("genpipe-out").iterdir()) == names
+    assert all(f"genpipe-out/{name}" in result.out for name in names) and "two dogs" in result.out
+
+    recipes = [read_recipe(Path("genpipe-out") / f"0001-{rank}.png") for rank in (1, 2, 3, 4)]
+    scores = [recipe["score"] for recipe in recipes]
+    assert scores == sorted(scores, reverse=True)
+    assert len({recipe["seed"] for recipe in recipes}) == 4
+    first = recipes[0]
+    assert first["prompt"] == "a cat on a red background" and first["genpipe"] == genpipe.__version__
+    assert first["family"] == {"name": "tiny", "hash": describe_family(tiny_folder).hash_of("dalle1")}
+    assert first["settings"] == {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 2.0}
+    assert read_recipe(Path("genpipe-out/0001-grid.png"))["pictures"] == names[:4]
+    assert Image.open("genpipe-out/0001-1.png").size == (16, 16)
+    assert Image.open("genpipe-out/0001-grid.png").width > 4 * 128
+
+
+def test_generate_as_json_prints_one_document_and_never_replaces_a_file(run: Run, tiny_folder: Path) -> None:
+    command = ["generate", "a cat", "--family", tiny_folder, "--candidates", 2, "--keep", 1, "--seed", 9, "--json"]
+    command += ["--out", "here", "--guidance", 1, "--top-k", 5]
+    first = json.loads(run(*command).out)
+    before = Path("here/0001-1.png").read_bytes()
+    second = json.loads(run(*command).out)
+    assert Path("here/0001-1.png").read_bytes() == before
+    (result,) = second["results"]
+    (drawn,) = result["pictures"]
+    assert Path(drawn["path"]) == Path("here/0002-1.png") and result["grid"] is None and second["complete"]
+    assert drawn["seed"] in (9, 10) and drawn["seed"] == first["results"][0]["pictures"][0]["seed"]
+    assert second["settings"]["guidance_scale"] == 1.0 and second["settings"]["top_k"] == 5
+    assert sorted(path.name for path in Path("here").iterdir()) == ["0001-1.png", "0002-1.png"]
+
+
+def test_a_prompt_is_never_a_path_and_strange_characters_still_draw(run: Run, tiny_folder: Path) -> None:
+    result = run("generate", "../../x\x1b[2J\0 /etc/🦊", "--family", tiny_folder, "--candidates", 1, "--json")
+    (drawn,) = json.loads(result.out)["results"]
+    assert drawn["prompt"] == "../../x[2J /etc/🦊"
+    assert sorted(path.name for path in Path.cwd().rglob("*")) == ["0001-1.png", "genpipe-out"]
+    assert "warning: Control characters" in result.err and "'🦊'" in result.err
+    assert result.err.count("\n") == 2
+
+
+def test_a_prompt_of_10000_characters_is_cut_with_one_warning(run: Run, tiny_folder: Path) -> None:
+    result = run("generate", "a cat on a red background " * 400, "--family", tiny_folder, "--candidates", 1)
+    assert result.code == 0
+    assert result.err.startswith("warning: The prompt has 10,399 characters") and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([""], "prompt is empty"),
+        (["a cat", " \t "], "prompt is empty"),
+        (["a cat", "--candidates", 3, "--keep", 4], "4 pictures cannot be kept of 3"),
+        (["a cat", "--candidates", 0], "candidates must be a whole number of at least 1, got 0"),
+        (["a cat", "--candidates", -5], "at least 1, got -5"),
+        (["a cat", "--keep", 0], "at least 1, got 0"),
+        (["a cat", "--seed", -1], "seed must be"),
+        (["a cat", "--temperature", 0], "temperature must be"),
+        (["a cat", "--top-k", 0], "Top-k must be"),
+        (["a cat", "--top-p", 1.5], "Top-p must be"),
+        (["a cat", "--guidance", "-1"], "guidance scale must be"),
+        (["a cat", "--guidance", "nan"], "guidance scale must be"),
+        (["a cat", "--guidance", "much"], "--guidance"),
+        (["a cat", "--pipeline", "dalle9"], "choose from dalle1"),
+        (["a cat", "--family", "nope"], "no family 'nope'"),
+        (["a cat", "--device", "abacus"], "choose from auto, "),
+        (["a cat", "--out", "file/below"], "'file/below' cannot be written"),
+        (["a cat", "--sed", 3], "genpipe generate --help"),
+        ([], "PROMPTS"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_written(
+    run: Run, tiny_folder: Path, arguments: list[object], complaint: str
+) -> None:
+    Path("file").write_text("")
+    result = run("generate", "--family", tiny_folder, *arguments)
+    assert complaint in refused(result)
+    assert [path.name for path in Path.cwd().iterdir()] == ["file"]
+
+
+def test_a_damaged_family_leaves_no_folder_behind(run: Run, tiny_copy: Path) -> None:
+    weights = tiny_copy / "dvae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "truncated" in refused(run("generate", "a cat", "--family", tiny_copy))
+    assert list(Path.cwd().iterdir()) == []
+
+
+@contextmanager
+def ctrl_c_when_there(path: Path) -> Iterator[None]:
+    """Sends this process SIGINT as soon as the file is there."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            if path.exists():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("style", [[], ["--json"]])
+def test_ctrl_c_keeps_and_names_what_was_finished(run: Run, tiny_folder: Path, style: list[str]) -> None:
+    prompts = ["a cat"] * 500
+    handler = signal.getsignal(signal.SIGINT)
+    with ctrl_c_when_there(Path("genpipe-out/0002-2.png")):
+        result = run("generate", *prompts, "--family", tiny_folder, "--candidates", 3, "--keep", 2, *style)
+    assert result.code == 130 and signal.getsignal(signal.SIGINT) is handler
+    assert result.err.startswith("interrupted: ")
+    written = sorted(Path("genpipe-out").iterdir())
+    assert 6 <= len(written) < 1500
+    for path in written:
+        assert read_recipe(path)["prompt"] == "a cat" and str(path) in result.out
+        Image.open(path).load()
+    if style:
+        assert json.loads(result.out)["complete"] is False
+
+
+# reproduce ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(run: Run, tiny_folder: Path) -> Path:
+    """A picture that the command drew."""
+    run("generate", "a cat on a red background", "--family", tiny_folder, "--candidates", 3, "--seed", 4)
+    return Path("genpipe-out/0001-2.png")
+
+
+def test_reproduce_draws_every_pixel_again(run: Run, tiny_folder: Path, drawn: Path) -> None:
+    result = run("reproduce", drawn, "--family", tiny_folder, "--out", "again.png")
+    assert result.code == 0 and "identical" in result.out
+    assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open(drawn)))
+    assert read_recipe("again.png") == read_recipe(drawn)
+    assert "exists already" in refused(run("reproduce", drawn, "--family", tiny_folder, "--out", "again.png"))
+
+    changed = Image.open(drawn).convert("RGB")
+    changed.putpixel((3, 3), (1, 2, 3))
+    save_png(changed, "changed.png", read_recipe(drawn))
+    result = run("reproduce", "changed.png", "--family", tiny_folder)
+    assert result.code == 1 and "different" in result.out
+
+
+def test_reproduce_refuses_other_weights_and_families_it_cannot_know(run: Run, tiny_copy: Path, drawn: Path) -> None:
+    assert "say where it lies with --family" in refused(run("reproduce", drawn))
+    information = json.loads((tiny_copy / "family.json").read_text())
+    information["parts"]["dvae"]["sha256"] = "0" * 64
+    (tiny_copy / "family.json").write_text(json.dumps(information))
+    assert "weights of hash" in refused(run("reproduce", drawn, "--family", tiny_copy))
+    assert "is a grid of several pictures" in refused(run("reproduce", "genpipe-out/0001-grid.png"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": ""},
+        {"prompt": 7},
+        {"seed": -1},
+        {"seed": 1.5},
+        {"seed": 99},
+        {"score": "high"},
+        {"pipeline": "dalle9"},
+        {"pipeline": ["dalle1"]},
+        {"genpipe": "\x1b[2J"},
+        {"family": {"name": "../../etc", "hash": "0" * 12}},
+        {"family": {"name": "tiny", "hash": "0"}},
+        {"family": "tiny"},
+        {"call": {"first_seed": 4}},
+        {"call": {"first_seed": 4, "candidates": 0}},
+        {"call": {"first_seed": 2**64, "candidates": 1}},
+        {"settings": {"temperature": -1}},
+        {"settings": {"temperature": 1.0, "callback": "os.system"}},
+        {"settings": [1]},
+        {"machine": {"device": "cuda; rm", "threads": 1}},
+        {"machine": {"device": "cpu", "threads": 0}},
+    ],
+)
+def test_reproduce_checks_a_recipe_like_user_input(
+    run: Run, tiny_folder: Path, drawn: Path, change: dict[str, Any]
+) -> None:
+    save_png(Image.open(drawn), "hostile.png", {**read_recipe(drawn), **change})
+    complaint = refused(run("reproduce", "hostile.png", "--family", tiny_folder))
+    assert "The recipe in 'hostile.png' cannot be used" in complaint and "\x1b" not in complaint
+
+
+def test_reproduce_wants_a_recipe(run: Run) -> None:
+    picture(Path("plain.png"))
+    assert "carries no recipe" in refused(run("reproduce", "plain.png"))
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text("genpipe", "{not json")
+    Image.new("RGB", (4, 4)).save("broken.png", pnginfo=chunk)
+    assert "not valid JSON" in refused(run("reproduce", "broken.png"))
+    Image.new("RGB", (4, 4)).save("photo.jpg")
+    refused(run("reproduce", "photo.jpg"))
+    assert "missing.png" in refused(run("reproduce", "missing.png"))
+
+
+# rerank ---------------------------------------------------------------------------------------------------------------
+
+
+def test_rerank_orders_files_and_folders(run: Run, tiny_folder: Path) -> None:
+    for number, colour in enumerate([(250, 0, 0), (0, 250, 0), (0, 0, 250), (90, 90, 90)]):
+        picture(Path(f"folder/{number}.png"), side=10 + 20 * number, colour=colour)
+    single = picture(Path("single.jpg"), side=40)
+    document = json.loads(run("rerank", "a cat", "folder", single, "--clip", tiny_folder, "--json").out)
+    scores = [entry["score"] for entry in document["pictures"]]
+    assert len(scores) == 5 and scores == sorted(scores, reverse=True) and document["skipped"] == []
+
+    top = run("rerank", "a cat", "folder", single, "--clip", tiny_folder / "clip", "--top", 2)
+    lines = [line.split() for line in top.out.splitlines()]
+    assert [path for _, path in lines] == [entry["path"] for entry in document["pictures"][:2]]
+    assert np.allclose([float(value) for value, _ in lines], scores[:2], atol=1e-4)
+
+
+def test_rerank_reads_pictures_of_every_kind(run: Run, tiny_folder: Path) -> None:
+    rgb = Image.new("RGB", (30, 24), (200, 30, 30))
+    rgb.convert("RGBA").save("rgba.png")
+    rgb.convert("L").save("grey.png")
+    rgb.convert("CMYK").save("cmyk.jpg")
+    rgb.convert("P").save("palette.gif", save_all=True, append_images=[Image.new("P", (30, 24))] * 2)
+    Image.fromarray(np.full((24, 30), 40_000, np.uint16)).save("deep.png")
+    names = ["rgba.png", "grey.png", "cmyk.jpg", "palette.gif", "deep.png"]
+    result = run("rerank", "a cat", *names, "--clip", tiny_folder)
+    assert result.code == 0 and sorted(line.split()[1] for line in result.out.splitlines()) == sorted(names)
+
+
+def bomb() -> bytes:
+    """A PNG of a hundred bytes that claims 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def half_a_picture() -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "PNG")
+    return file.getvalue()[:1000]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no picture at all", half_a_picture(), bomb()], ids=["empty", "text", "half", "bomb"]
+)
+def test_a_broken_picture_is_refused_by_name_and_skipped_in_a_folder(
+    run: Run, tiny_folder: Path, content: bytes
+) -> None:
+    picture(Path("folder/good.png"))
+    broken = Path("folder/broken.png")
+    broken.write_bytes(content)
+    assert "folder/broken.png" in refused(run("rerank", "a cat", "folder/good.png", broken, "--clip", tiny_folder))
+
+    result = run("rerank", "a cat", "folder", "--clip", tiny_folder, "--json")
+    assert result.code == 0 and result.err.startswith("skipped: ") and "folder/broken.png" in result.err
+    document = json.loads(result.out)
+    assert [entry["path"] for entry in document["pictures"]] == ["folder/good.png"]
+    assert [entry["path"] for entry in document["skipped"]] == ["folder/broken.png"]
+
+    Path("folder/good.png").unlink()
+    assert "None of the 1 pictures found can be read" in refused(
+        run("rerank", "a cat", "folder", "--clip", tiny_folder)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["", "one.png"], "prompt is empty"),
+        (["a cat", "missing.png"], "missing.png"),
+        (["a cat", "empty"], "No pictures were found"),
+        (["a cat", "one.png", "--top", 0], "at least 1, got 0"),
+        (["a cat", "one.png", "--clip", "nope"], "no CLIP 'nope'"),
+        (["a cat", "one.png", "--clip", "empty"], "config.json"),
+        (["a cat", "one.png", "--clip", "ViT-B-32"], "ViT-B-32:WEIGHTS"),
+        (["a cat", "one.png", "--clip", "ViT-B-32:nope"], "nope"),
+        (["a cat"], "PICTURES"),
+    ],
+)
+def test_rerank_refuses_in_one_sentence(run: Run, tiny_folder: Path, arguments: list[object], complaint: str) -> None:
+    picture(Path("one.png"))
+    Path("empty").mkdir()
+    clip = [] if "--clip" in arguments else ["--clip", tiny_folder]
+    assert complaint in refused(run("rerank", *arguments, *clip))
+
+
+# train, info, and the command as a whole ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nope"], "nope"),
+        (["dvae", "--set", "run.no_such_key=1"], "no_such_key"),
+        (["dvae", "--set", "nonsense"], "nonsense"),
+        (["dvae", "--set", "run.steps=many"], "many"),
+        (["dvae", "--minutes", 0], "0"),
+        (["dvae", "--steps", 0], "steps"),
+    ],
+)
+def test_train_refuses_in_one_sentence(run: Run, arguments: list[object], complaint: str) -> None:
+    assert complaint in refused(run("train", *arguments))
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_info_describes_a_family(run: Run, tiny_folder: Path) -> None:
+    document = json.loads(run("info", tiny_folder, "--json").out)
+    assert document["families"][0]["license"] == "Apache-2.0" and document["genpipe"] == genpipe.__version__
+    text = run("info", tiny_folder)
+    assert text.code == 0 and "family tiny" in text.out and "devices" in text.out
+    assert "no family 'nope'" in refused(run("info", "nope"))
+    assert run("--version").out == f"{genpipe.__version__}\n"
+    assert "generate" in run().out
+
+
+def test_the_module_is_the_command_and_survives_a_reader_that_leaves(tmp_path: Path, tiny_folder: Path) -> None:
+    command = [sys.executable, "-m", "pipelines"]
+    refusal = subprocess.run([*command, "generate", ""], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (refusal.returncode, refusal.stdout) == (2, "")
+    assert refusal.stderr == "error: The prompt is empty; say in a few words what to draw.\n"
+
+    reading, writing = os.pipe()
+    os.close(reading)  # as when `| head` has read enough
+    gone = subprocess.run(
+        [*command, "info", str(tiny_folder)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    os.close(writing)
+    assert gone.returncode == 1 and gone.stderr == ""
