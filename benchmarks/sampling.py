@@ -2,7 +2,7 @@
 
     python benchmarks/sampling.py [FAMILY_FOLDER] [--candidates 16] [--threads 2]
 
-All in one run on the same shapes. Random weights serve the comparison with the peer, whose trained weights do not exist.
+All in one run on the same shapes; the peer has random weights, since no trained ones exist.
 """
 
 import argparse
@@ -43,14 +43,16 @@ def draw_uncached(transformer: DALLE1Transformer, ids: Tensor, mask: Tensor, can
 
 
 def peer(transformer: DALLE1Transformer, candidates: int) -> float | None:
-    """Seconds of dalle-pytorch for the same number of tokens at the same width, depth and heads; None if not installed."""
+    """Seconds of dalle-pytorch for as many tokens at the same width, depth and heads; None if not installed."""
     try:
         from dalle_pytorch import DALLE, DiscreteVAE
     except ImportError:
         return None
     config = transformer.config
     grid = config.grid_size
-    vae = DiscreteVAE(image_size=4 * grid, num_tokens=config.num_image_tokens, codebook_dim=32, hidden_dim=64, num_layers=2)
+    vae = DiscreteVAE(
+        image_size=4 * grid, num_tokens=config.num_image_tokens, codebook_dim=32, hidden_dim=64, num_layers=2
+    )
     dalle = DALLE(
         dim=config.width,
         vae=vae,

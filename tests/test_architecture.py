@@ -28,6 +28,10 @@ FLAGS = {
     "reproduce": {"--family", "--out"},
     "rerank": {"--top", "--clip", "--device", "--json"},
     "train": {"--set", "--minutes", "--steps", "--out", "--resume", "--no-resume"},
+    "assemble": {
+        "--runs", "--clip", "--dvae", "--transformer", "--name", "--license", "--description", "--guidance", "--card",
+        "--replace",
+    },
     "info": {"--json"},
 }  # fmt: skip
 

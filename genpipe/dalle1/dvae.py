@@ -1,16 +1,18 @@
-"""The discrete VAE: pictures <-> grids of code-book indices (DALL-E 1, 2102.12092, 2.1 and A; openai/DALL-E's released shape).
+"""The discrete VAE: pictures <-> grids of code-book indices (DALL-E 1, 2102.12092, 2.1 and A; the released shape).
 
 Legend: B pictures, H W pixels, h w token grid, N = h w tokens, V codes, D width of a code vector.
 
 Two heads turn encoder features into logits over the code book:
   * "linear", the paper's: a 1x1 convolution to V logits. The code book is the decoder's first 1x1 convolution.
-  * "distance": logits = -scale * |z - e_v|^2 with the decoder's own code book e, which is initialised from encoder outputs
-    after a short continuous warm-up. A departure from the paper, made because small models trained for minutes use only a
-    few dozen codes with the linear head, and most of the code book with this one.
+  * "distance": logits = -scale * |z - e_v|^2 with the decoder's own code book e, which is initialised from encoder
+    outputs after a short continuous warm-up. A departure from the paper, made because small models trained for minutes
+    use only a few dozen codes with the linear head, and most of the code book with this one.
 
-Small models also learn faster with a larger gain on the residual branches than the paper's 1 / layers^2 (`branch_gain`).
+Small models also learn faster with a larger gain on the residual branches than the paper's 1 / layers^2
+(`branch_gain`).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from genpipe.dalle1.losses import squeeze_pixels, unsqueeze_pixels
-
+from genpipe.errors import InputError
 
 Kernels = tuple[int, int, int, int]
 
@@ -95,14 +97,17 @@ class DVAE(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if head not in ("distance", "linear"):
-            raise ValueError(f'head is "{head}"; it must be "distance" or "linear"')
+            raise InputError(f'head is "{head}"; it must be "distance" or "linear".')
+        if first_kernel % 2 == 0:
+            raise InputError(f"first_kernel is {first_kernel}; it must be odd, or the grid would change its size.")
         self.factor = space_to_depth * 2 ** (len(widths) - 1)
         if resolution % self.factor:
-            raise ValueError(f"resolution {resolution} is not a multiple of the factor {self.factor}")
+            raise InputError(f"resolution {resolution} is not a multiple of the factor {self.factor}.")
         gain = 1 / (len(widths) * blocks_per_group) ** 2 if branch_gain is None else branch_gain
         widths = tuple(widths)
 
-        encoder: list[nn.Module] = [nn.Conv2d(3 * space_to_depth**2, widths[0], first_kernel, padding=first_kernel // 2)]
+        first = nn.Conv2d(3 * space_to_depth**2, widths[0], first_kernel, padding=first_kernel // 2)
+        encoder: list[nn.Module] = [first]
         for i, width in enumerate(widths):
             encoder.append(_group(widths[max(i - 1, 0)], width, blocks_per_group, (3, 3, 3, 1), bottleneck, gain))
             if i < len(widths) - 1:
@@ -111,7 +116,7 @@ class DVAE(ModelMixin, ConfigMixin):
         self.encoder = nn.Sequential(*encoder)
         self.to_codes = nn.Conv2d(widths[-1], code_width if head == "distance" else num_codes, 1)
 
-        # A table of rows e_v: looking up a row equals a 1x1 convolution over the one-hot map, at a fraction of the cost.
+        # A table of rows e_v: looking up a row equals a 1x1 convolution over the one-hot map and is much cheaper.
         self.codebook = nn.Parameter(torch.randn(num_codes, code_width) / code_width**0.5)
         self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=head == "distance")
         reverse = (code_width, *widths[::-1])
@@ -137,18 +142,24 @@ class DVAE(ModelMixin, ConfigMixin):
     def encode_features(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> what the head reads: z (B, D, h, w), or logits with the linear head."""
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % self.factor or pixels.shape[3] % self.factor:
-            raise ValueError(
-                f"pixels have shape {tuple(pixels.shape)}; (B, 3, H, W) with sides divisible by {self.factor} is needed"
+            raise InputError(
+                f"pixels have shape {tuple(pixels.shape)}; (B, 3, H, W), sides divisible by {self.factor}, is needed."
             )
         s = self.config.space_to_depth
-        x = rearrange(squeeze_pixels(pixels), "b c (h s) (w t) -> b (c s t) h w", s=s, t=s)
+        x = rearrange(squeeze_pixels(pixels), "b c (h s) (w t) -> b (c s t) h w", s=s, t=s).to(self.codebook.dtype)
         x = x.contiguous(memory_format=torch.channels_last)  # twice as fast for small convolutions on CPUs
-        return self.to_codes(self.encoder(x))  # B, D or V, h, w
+        hidden = self.encoder(x)
+        if self.config.head == "distance":
+            return self.to_codes(hidden)  # B, D, h, w
+        # The two convolutions that touch the vocabulary ran in float32 in the released model, whatever the others did.
+        weight, bias = self.to_codes.weight, self.to_codes.bias
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.conv2d(hidden.float(), weight.float(), None if bias is None else bias.float())  # B, V, h, w
 
     def logits_from_features(self, features: Tensor) -> Tensor:
         """-scale |z - e_v|^2 over the code book for the distance head, (B, V, h, w); the features themselves otherwise.
 
-        In float32 whatever the autocast: the code book's arithmetic ran in full precision in the released model too.
+        In float32 whatever the autocast and the weights' type.
         """
         with torch.autocast(features.device.type, enabled=False):
             if self.config.head == "linear":
@@ -159,7 +170,7 @@ class DVAE(ModelMixin, ConfigMixin):
                 - 2 * torch.einsum("bdhw,vd->bvhw", z, e)
                 + e.square().sum(1)[:, None, None]  # V, 1, 1
             )
-            return -self.log_scale.exp() * squared
+            return -self.log_scale.float().exp() * squared
 
     def encode_logits(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> logits over the code book (B, V, h, w)."""
@@ -174,17 +185,20 @@ class DVAE(ModelMixin, ConfigMixin):
         if self.config.head == "linear":
             code_vectors = code_vectors + self.code_bias[:, None, None]
         s = self.config.space_to_depth
-        code_vectors = code_vectors.contiguous(memory_format=torch.channels_last)
+        code_vectors = code_vectors.to(self.codebook.dtype).contiguous(memory_format=torch.channels_last)
         maps = rearrange(self.decoder(code_vectors), "b (c s t) h w -> b c (h s) (w t)", s=s, t=s)
         mu, ln_b = maps.float().chunk(2, dim=1)
         return mu, ln_b
 
     def decode(self, image_tokens: Tensor) -> Tensor:
-        """Image tokens (B, N) in [0, V) of a square grid -> pixels (B, 3, H, W) in [0, 1] (b is ignored, A.3)."""
-        side = round(image_tokens.shape[1] ** 0.5)
-        if side * side != image_tokens.shape[1]:
-            raise ValueError(f"{image_tokens.shape[1]} image tokens do not form a square grid")
-        vectors = rearrange(self.codebook[image_tokens], "b (h w) d -> b d h w", h=side)
+        """Image tokens (B, N) in [0, V) of a square grid -> pixels (B, 3, H, W) in [0, 1] (b is ignored, A.3).
+
+        Raises InputError where the tokens form no square grid.
+        """
+        side = math.isqrt(image_tokens.shape[-1])
+        if image_tokens.ndim != 2 or side * side != image_tokens.shape[1]:
+            raise InputError(f"image tokens of shape {tuple(image_tokens.shape)} do not form square grids (B, N).")
+        vectors = rearrange(F.embedding(image_tokens, self.codebook), "b (h w) d -> b d h w", h=side)
         mu, _ = self.decode_maps(vectors)
         return unsqueeze_pixels(torch.sigmoid(mu))
 
@@ -198,13 +212,19 @@ class DVAE(ModelMixin, ConfigMixin):
             temperature: tau of the relaxation, towards 1/16 at the end of training.
             gumbel: Gumbel noise (B, V, h, w), see :func:`gumbel_noise`; None relaxes without noise.
             quantise: False feeds the encoder's features straight to the decoder (distance head only), the warm-up.
+        Raises InputError for quantise=False with the linear head, whose features are no code vectors.
         """
+        if not quantise and self.config.head != "distance":
+            raise InputError(
+                "the continuous warm-up needs the distance head; set warm_up_steps to 0 for the linear one."
+            )
         features = self.encode_features(pixels)
         logits = self.logits_from_features(features)
         if quantise:
             noisy = logits if gumbel is None else logits + gumbel
             soft = F.softmax(noisy / temperature, dim=1)  # B, V, h, w
-            vectors = torch.einsum("bvhw,vd->bdhw", soft, self.codebook)
+            with torch.autocast(soft.device.type, enabled=False):  # the other convolution that touches the vocabulary
+                vectors = torch.einsum("bvhw,vd->bdhw", soft, self.codebook.float())
         else:
             # The code book takes part with weight zero so that every parameter has a gradient on every rank.
             vectors = features + 0.0 * logits.mean()
@@ -213,26 +233,36 @@ class DVAE(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def initialise_codebook(self, features: Tensor, generator: torch.Generator) -> None:
-        """Set the code vectors to distinct encoder outputs out of features (B, D, h, w), and the scale to their spacing.
+        """Set the code vectors to distinct encoder outputs out of features (B, D, h, w), the scale to their spacing.
 
-        Raises ValueError when there are fewer feature vectors than codes.
+        With several processes, all of them take what the first one found. Raises InputError when there are fewer
+        distinct feature vectors than codes; the code book is then as it was.
         """
         vectors = rearrange(features.float(), "b d h w -> (b h w) d")
-        if len(vectors) < self.num_codes:
-            raise ValueError(f"{len(vectors)} feature vectors cannot initialise {self.num_codes} codes; use a larger batch")
-        # Seeded as k-means++ is (Arthur and Vassilvitskii 2007): most cells are plain background, and a plain draw would
-        # spend most codes on copies of it. A vector far from all chosen ones is likely to be chosen next.
-        uniform = torch.rand(self.num_codes, generator=generator, device=generator.device).to(vectors.device)
+        # Seeded as k-means++ is (Arthur and Vassilvitskii 2007): most cells are plain background, and a plain draw
+        # would spend most codes on copies of it. A vector far from all chosen ones is likely to be chosen next.
+        uniform = torch.rand(self.num_codes, generator=generator, device=generator.device).tolist()
         nearest = torch.full((len(vectors),), float("inf"), device=vectors.device)
-        chosen = int(uniform[0] * len(vectors))
-        for code in range(self.num_codes):
-            self.codebook[code] = vectors[chosen]
-            nearest = torch.minimum(nearest, (vectors - vectors[chosen]).square().sum(dim=1))
-            mass = nearest.double().cumsum(dim=0)
-            chosen = int(torch.searchsorted(mass, uniform[(code + 1) % self.num_codes] * mass[-1]).clamp(max=len(vectors) - 1))
+        chosen = [int(uniform[0] * len(vectors))]
+        while len(chosen) < self.num_codes:
+            nearest = torch.minimum(nearest, (vectors - vectors[chosen[-1]]).square().sum(dim=1))
+            mass = nearest.cpu().double().cumsum(dim=0)  # not every device has float64
+            if not mass[-1] > 0:
+                raise InputError(
+                    f"{len(chosen)} distinct feature vectors cannot initialise {self.num_codes} codes; "
+                    "use a larger batch."
+                )
+            # right: a vector without mass, which is one that equals a chosen one, is never the answer
+            place = torch.searchsorted(mass, uniform[len(chosen)] * mass[-1], right=True)
+            chosen.append(int(place.clamp(max=len(vectors) - 1)))
+        self.codebook.copy_(vectors[chosen])
         gaps = torch.cdist(self.codebook.float(), self.codebook.float()).square()
         gaps.fill_diagonal_(float("inf"))
         self.log_scale.copy_((4 / gaps.min(dim=1).values.median().clamp(min=1e-6)).log())
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Each process saw another batch, and later only gradients are averaged: differing code books would stay so.
+            for parameter in (self.codebook, self.log_scale):
+                torch.distributed.broadcast(parameter, src=0)
 
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
@@ -243,7 +273,7 @@ def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator, like: Tenso
 
 def code_statistics(image_tokens: Tensor, num_codes: int) -> dict[str, float]:
     """Perplexity exp(H) of the code histogram and the number of codes never used, over tokens of any shape."""
-    counts = torch.bincount(image_tokens.flatten(), minlength=num_codes).double()
+    counts = torch.bincount(image_tokens.flatten(), minlength=num_codes).cpu().double()
     p = counts / counts.sum().clamp(min=1)
     entropy = -(p * p.clamp(min=1e-12).log()).sum()
     return {"perplexity": float(entropy.exp()), "dead_codes": float((counts == 0).sum())}

@@ -1,4 +1,4 @@
-"""Losses of DALL-E 1: the relaxed ELBO of the dVAE and the weighted cross-entropy of the transformer (2102.12092, 2 and A.3).
+"""Losses of DALL-E 1: the relaxed ELBO of the dVAE, the weighted cross-entropy of the transformer (2102.12092, 2, A.3).
 
 Legend: B pictures, C channels, H W pixels, V codebook size, h w token grid, L text positions, N image tokens.
 """
@@ -43,20 +43,22 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
 def relaxed_elbo_loss(
     pixels: Tensor, mu: Tensor, ln_b: Tensor, logits: Tensor, beta: float, squared_error: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative ELBO per pixel channel: (-ln p(x | z) + beta KL) / (C H W), averaged over the batch (2102.12092, 2.1 and A.3).
+    """Negative ELBO per pixel channel: (-ln p(x | z) + beta KL) / (C H W), batch mean (2102.12092, 2.1 and A.3).
 
-    Reconstruction and KL are *summed* over the picture and the grid first and divided by C H W together, so at 256 px and
-    a 32 x 32 grid a mean-per-pixel and mean-per-cell formula would need beta / 192.
+    Reconstruction and KL are *summed* over the picture and the grid first and divided by C H W together, so at 256 px
+    and a 32 x 32 grid a mean-per-pixel and mean-per-cell formula would need beta / 192.
 
     Args:
         pixels: (B, C, H, W) in [0, 1].
         mu, ln_b: (B, C, H, W), the decoder's maps.
         logits: (B, V, h, w), the encoder's.
         beta: weight of the KL term (the paper goes from 0 to 6.6).
-        squared_error: weight of an additional mean squared error of the squeezed pixels; 0 in the paper. The learned b makes
-            the likelihood forgive exactly the edges and details that are hard to predict, and a small model trained for
-            minutes then stays blurred: in a trial of 400 steps it reached 20.1 dB with the likelihood, 22.7 dB with the squared error.
-    Returns: the scalar loss in nats per pixel channel, and its two terms ("reconstruction", "kl": nats per grid cell).
+        squared_error: weight of an additional mean squared error of the squeezed pixels; 0 in the paper. The learned b
+            makes the likelihood forgive exactly the edges and details that are hard to predict, and a small model
+            trained for minutes then stays blurred: in a trial of 400 steps it reached 20.1 dB with the likelihood,
+            22.7 dB with the squared error.
+    Returns: the scalar loss in nats per pixel channel, and its terms, detached: "reconstruction" (nats per pixel
+        channel), "kl" (nats per grid cell) and "mse" (of the squeezed pixels).
     """
     values = pixels[0].numel()  # C H W
     nll = logit_laplace_nll(squeeze_pixels(pixels), mu, ln_b).sum(dim=(1, 2, 3))  # B
@@ -69,7 +71,12 @@ def relaxed_elbo_loss(
 
 
 def text_image_loss(
-    text_logits: Tensor, image_logits: Tensor, ids: Tensor, mask: Tensor, image_tokens: Tensor, text_weight: float = 1 / 8
+    text_logits: Tensor,
+    image_logits: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    image_tokens: Tensor,
+    text_weight: float = 1 / 8,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Text and image cross-entropies, each averaged over its own tokens, weighted 1/8 and 7/8 (2102.12092, 2.2).
 

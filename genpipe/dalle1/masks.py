@@ -1,7 +1,7 @@
 """Causal attention masks of DALL-E 1: row, column and convolutional (2102.12092, B.1, figure 11).
 
-A mask is a boolean (T, T) tensor, True where the query (first axis) may look at the key (second axis). The sequence is a
-prefix (text and start-of-image) followed by the image tokens in raster order on a grid x grid raster. Image positions
+A mask is a boolean (T, T) tensor, True where the query (first axis) may look at the key (second axis). The sequence is
+a prefix (text and start-of-image) followed by the N image tokens of a grid x grid raster, row by row. Image positions
 look at the whole prefix in every layer.
 """
 

@@ -55,10 +55,13 @@ _PLACES: dict[Relation, tuple[str, str]] = {
     "above": ("at the top", "at the bottom"),
     "below": ("at the bottom", "at the top"),
 }
+# People say "left of" and "above" more often than their inverses, and CLIP learns from it: were the order of the nouns
+# and the relation word both even, neither of them alone would tell anything about the picture (an exclusive or).
+_PLAIN_RELATIONS: tuple[Relation, ...] = ("left of", "above")
+PLAIN_SHARE = 0.7
 # The last two forms do not say where the objects are; each must stay behind those that do.
 _FORMS: Table = (
-    (0.5, "forward"),
-    (0.36, "backward"),
+    (0.86, "relation"),
     (0.06, "places"),
     (0.05, "{first} and {second}"),
     (0.03, "{first} next to {second}"),
@@ -80,6 +83,7 @@ class Wording(NamedTuple):
     say_size: float
     size_word: float
     form: float
+    plain: float
     relation_word: float
 
     @classmethod
@@ -118,7 +122,7 @@ def _counted(scene: Scene, noun: Noun, wording: Wording) -> str:
     return f"{number or noun.article} {noun.name}"
 
 
-def _related(scene: Scene, wording: Wording, state_relation: bool) -> str:
+def _related(scene: Scene, wording: Wording, state_relation: bool, plain_share: float) -> str:
     assert scene.relation is not None
     objects = vocabulary().objects
     first, second = scene.objects
@@ -128,9 +132,9 @@ def _related(scene: Scene, wording: Wording, state_relation: bool) -> str:
     a = _one(_pick_name(objects[first].names, numbers[0]))
     b = _one(_pick_name(objects[second].names, numbers[1]))
     form = _pick(_FORMS, wording.form * (_FORMS_WITH_RELATION_SHARE if state_relation else 1.0))
-    if form == "forward":
-        return f"{a} {_pick(_RELATIONS[scene.relation], wording.relation_word)} {b}"
-    if form == "backward":
+    if form == "relation":
+        if (wording.plain < plain_share) == (scene.relation in _PLAIN_RELATIONS):
+            return f"{a} {_pick(_RELATIONS[scene.relation], wording.relation_word)} {b}"
         return f"{b} {_pick(_RELATIONS[INVERSE[scene.relation]], wording.relation_word)} {a}"
     if form == "places":
         places = _PLACES[scene.relation]
@@ -138,14 +142,20 @@ def _related(scene: Scene, wording: Wording, state_relation: bool) -> str:
     return form.format(first=a, second=b)
 
 
-def write_caption(scene: Scene, wording: Wording, mention_background: bool | None, state_relation: bool) -> str:
+def write_caption(
+    scene: Scene,
+    wording: Wording,
+    mention_background: bool | None,
+    state_relation: bool,
+    plain_share: float = PLAIN_SHARE,
+) -> str:
     """The caption of a scene, lower-case. The wording decides on what is None; True forces, False forbids.
 
     state_relation: True makes sure that a pair's caption says where the objects are; False leaves it to the wording,
     which leaves it out for one pair in twelve.
     """
     if scene.kind == "pair":
-        thing = _related(scene, wording, state_relation)
+        thing = _related(scene, wording, state_relation, plain_share)
     else:
         noun = _pick_name(vocabulary().objects[scene.objects[0]].names, wording.earlier_name)
         thing = _counted(scene, noun, wording)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from genpipe.data.captions import Wording, known_words, write_caption
+from genpipe.data.captions import PLAIN_SHARE, Wording, known_words, write_caption
 from genpipe.data.glyphs import Glyphs, find_font
 from genpipe.data.layout import (
     MAX_COUNT,
@@ -124,16 +124,27 @@ class EmojiScenes:
         captions need no font.
     split: "train" (no held-out combination), "heldout" (at least one in each scene) or "all"; see `is_held_out`.
     seed: whole number, zero or more.
+    plain_share: how often a place is told by "left of" or "above" rather than by "right of" or "below", in [0, 1].
     Raises InputError for arguments outside these limits. Instances hold no random state: they can be pickled, shared
     between worker processes and asked in any order.
     """
 
-    def __init__(self, size: int = 32, font: str | Path | None = None, split: Split = "train", seed: int = 0):
+    def __init__(
+        self,
+        size: int = 32,
+        font: str | Path | None = None,
+        split: Split = "train",
+        seed: int = 0,
+        plain_share: float = PLAIN_SHARE,
+    ):
         self.size = _whole_number(size, "The size of a scene in pixels", _SMALLEST_PICTURE, _LARGEST_PICTURE)
         self.seed = _whole_number(seed, "The seed of the scenes", 0)
         if split not in get_args(Split):
             raise InputError(f"The split must be one of {', '.join(get_args(Split))}, not {split!r}.")
+        if not 0 <= plain_share <= 1:
+            raise InputError(f"The share of plain relations must be from 0 to 1, not {plain_share!r}.")
         self.split: Split = split
+        self.plain_share = plain_share
         self.objects = tuple(vocabulary().objects)
         self.backgrounds = tuple(vocabulary().backgrounds)
         self._glyphs = Glyphs(font)
@@ -217,7 +228,8 @@ class EmojiScenes:
 
         mention_background: None names the background for three captions in four; True always, False never.
         """
-        return write_caption(scene, Wording.draw(generator), mention_background, state_relation=False)
+        wording = Wording.draw(generator)
+        return write_caption(scene, wording, mention_background, False, self.plain_share)
 
     def example(self, index: int) -> Example:
         """Scene number `index` drawn and captioned."""
@@ -257,7 +269,9 @@ class EmojiScenes:
         )
         wording = Wording.draw(generator)
         mention = True if kind == "recoloured" else None
-        caption, twin_caption = (write_caption(s, wording, mention, kind == "swapped") for s in (scene, twin_scene))
+        caption, twin_caption = (
+            write_caption(s, wording, mention, kind == "swapped", self.plain_share) for s in (scene, twin_scene)
+        )
         return Twins(kind, scene, twin_scene, caption, twin_caption, self.draw(scene), self.draw(twin_scene))
 
     def _swap(self, scene: Scene, generator: np.random.Generator) -> Scene:

@@ -1,4 +1,4 @@
-"""`python -m genpipe.evaluation FAMILY_FOLDER --out FOLDER`: the figures of a family's model card, on held-out scenes."""
+"""`python -m genpipe.evaluation FAMILY_FOLDER --out FOLDER`: figures for a family's model card, on held-out scenes."""
 
 import argparse
 import json
@@ -13,19 +13,19 @@ from genpipe.clip.rerank import score
 from genpipe.dalle1.dvae import DVAE
 from genpipe.dalle1.sampling import generate_tokens
 from genpipe.dalle1.transformer import DALLE1Transformer
-from genpipe.data.scenes import EmojiScenes
+from genpipe.data.scenes import EmojiScenes, find_font
 from genpipe.errors import InputError
-from genpipe.evaluation.best_of_n import best_of_n_curve, plot_curve
+from genpipe.evaluation.best_of_n import best_of_n_curve, check_matplotlib, plot_curve
 from genpipe.evaluation.clip import TWIN_KINDS, embed_pairs, retrieval_accuracy, twin_accuracy
 from genpipe.evaluation.reconstruction import reconstruction_figures
 from genpipe.images import to_unit
 from genpipe.parts import load_part
 
 
-def dvae_figures(folder: Path, scenes: EmojiScenes, count: int) -> dict[str, float]:
+def dvae_figures(dvae: DVAE, scenes: EmojiScenes, count: int) -> dict[str, float]:
     """Reconstruction of `count` held-out scenes and the use of the code book."""
     pictures, _ = scenes.batch(0, count)
-    return reconstruction_figures(load_part(DVAE, folder / "dvae"), to_unit(pictures))
+    return reconstruction_figures(dvae, to_unit(pictures))
 
 
 def clip_figures(clip: CLIP, scenes: EmojiScenes, count: int) -> dict[str, float]:
@@ -36,11 +36,15 @@ def clip_figures(clip: CLIP, scenes: EmojiScenes, count: int) -> dict[str, float
 
 @torch.no_grad()
 def best_of_figures(
-    folder: Path, clip: CLIP, scenes: EmojiScenes, prompts: int, candidates: int, guidance_scale: float
+    clip: CLIP,
+    dvae: DVAE,
+    transformer: DALLE1Transformer,
+    scenes: EmojiScenes,
+    prompts: int,
+    candidates: int,
+    guidance_scale: float,
 ) -> tuple[list[dict[str, float]], float]:
     """The best-of-N curve of DALL-E 1 on held-out captions, and the score of the real scenes."""
-    dvae = load_part(DVAE, folder / "dvae")
-    transformer = load_part(DALLE1Transformer, folder / "transformer")
     examples = [scenes.scene(i) for i in range(prompts)]
     captions = [scenes.caption(s, np.random.default_rng(i), mention_background=True) for i, s in enumerate(examples)]
     pictures = np.stack([scenes.draw(scene) for scene in examples]).transpose(0, 3, 1, 2)
@@ -61,6 +65,37 @@ def best_of_figures(
     return best_of_n_curve(torch.stack(rows)), float(real)
 
 
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    """All figures, written to figures.json and best_of_n.png. Raises InputError for bad input."""
+    for name in ("count", "prompts", "candidates"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
+    check_matplotlib()  # what is missing shows before the work, not after it
+    find_font()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {arguments.out} cannot be used ({error}); choose another --out.") from error
+    clip = load_part(CLIP, arguments.family / "clip")
+    dvae = load_part(DVAE, arguments.family / "dvae")
+    transformer = load_part(DALLE1Transformer, arguments.family / "transformer")
+    scenes = EmojiScenes(size=dvae.config.resolution, split="heldout")
+    curve, real = best_of_figures(
+        clip, dvae, transformer, scenes, arguments.prompts, arguments.candidates, arguments.guidance
+    )
+    figures: dict[str, object] = {
+        "dvae": dvae_figures(dvae, scenes, arguments.count),
+        "clip": clip_figures(clip, scenes, arguments.count),
+        "best_of_n": {"guidance": arguments.guidance, "real_scenes": real, "curve": curve},
+    }
+    try:
+        (arguments.out / "figures.json").write_text(json.dumps(figures, indent=1))
+        plot_curve(curve, arguments.out / "best_of_n.png", real)
+    except OSError as error:
+        raise InputError(f"the figures cannot be written to {arguments.out} ({error}).") from error
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="genpipe.evaluation", description="Measure a family on held-out scenes.")
     parser.add_argument("family", type=Path, help="folder with clip/, dvae/ and transformer/")
@@ -69,19 +104,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40, help="held-out prompts for the best-of-N curve")
     parser.add_argument("--candidates", type=int, default=64, help="candidates per prompt for the curve")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale of the drawn candidates")
-    arguments = parser.parse_args()
     try:
-        scenes = EmojiScenes(split="heldout")
-        clip = load_part(CLIP, arguments.family / "clip")
-        figures: dict[str, object] = {"dvae": dvae_figures(arguments.family, scenes, arguments.count)}
-        figures["clip"] = clip_figures(clip, scenes, arguments.count)
-        curve, real = best_of_figures(
-            arguments.family, clip, scenes, arguments.prompts, arguments.candidates, arguments.guidance
-        )
-        figures["best_of_n"] = {"guidance": arguments.guidance, "real_scenes": real, "curve": curve}
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "figures.json").write_text(json.dumps(figures, indent=1))
-        plot_curve(curve, arguments.out / "best_of_n.png", real)
+        figures = measure(parser.parse_args())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
 Legend: P prompts, M candidates drawn per prompt.
 """
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -39,15 +40,20 @@ def best_of_n_curve(scores: Tensor) -> list[dict[str, float]]:
     return curve
 
 
+def check_matplotlib() -> None:
+    """Raise InputError when matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("drawing curves needs matplotlib; install it with pip install matplotlib.")
+
+
 def plot_curve(curve: list[dict[str, float]], path: Path, reference: float | None = None) -> None:
     """Draw the curve with error bars as a PNG; `reference` is the mean score of real pictures with their own captions.
 
     Raises InputError when matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError('drawing curves needs matplotlib; install it with pip install "genpipe[figures]"') from error
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
     x, y, bars = ([point[key] for point in curve] for key in ("n", "score", "standard_error"))

@@ -1,20 +1,24 @@
-"""What CLIP understands of captioned scenes: retrieval, and telling a caption from its twin (CLIP, 2103.00020, 3.1 and 6)."""
+"""What CLIP understands of captioned pictures: retrieval, telling a caption from its twin (2103.00020, 3.1 and 6)."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genpipe.clip.model import CLIP
-from genpipe.data.scenes import EmojiScenes
+from genpipe.data.scenes import EmojiScenes, TwinKind
+from genpipe.errors import InputError
 from genpipe.images import stack_levels, to_unit
 
-TWIN_KINDS = ("swapped", "recounted", "recoloured")
+TWIN_KINDS: tuple[TwinKind, ...] = get_args(TwinKind)
 
 
 @torch.no_grad()
-def embed_pairs(clip: CLIP, pictures: np.ndarray, captions: Sequence[str], chunk_size: int = 128) -> tuple[Tensor, Tensor]:
+def embed_pairs(
+    clip: CLIP, pictures: np.ndarray, captions: Sequence[str], chunk_size: int = 128
+) -> tuple[Tensor, Tensor]:
     """Normalised image and text embeddings, each (n, D), of uint8 pictures (n, 3, H, W) and their captions."""
     images, texts = [], []
     for start in range(0, len(captions), chunk_size):
@@ -24,27 +28,36 @@ def embed_pairs(clip: CLIP, pictures: np.ndarray, captions: Sequence[str], chunk
     return torch.cat(images), torch.cat(texts)
 
 
-def retrieval_accuracy(clip: CLIP, scenes: EmojiScenes, count: int = 100, groups: int = 1, first: int = 0) -> float:
-    """Share of pictures whose own caption scores best among `count` captions, averaged over `groups` disjoint groups.
+def retrieval_share(clip: CLIP, pictures: np.ndarray, captions: Sequence[str], among: int = 100) -> float:
+    """Share of pictures (n, 3, H, W) whose own caption scores best among the `among` captions of their group.
 
-    Two scenes of a group may share their caption word by word; such a caption counts as right.
+    Groups are consecutive; the last may be smaller. Two pictures of a group may share their caption word by word; such
+    a caption counts as right. Raises InputError when there is no picture.
     """
+    if not len(captions):
+        raise InputError("retrieval needs at least one picture with a caption.")
     hits = 0
-    for group in range(groups):
-        examples = [scenes.example(first + group * count + i) for i in range(count)]
-        captions = [example.caption for example in examples]
-        image, text = embed_pairs(clip, stack_levels([example.pixels for example in examples]), captions)
+    for start in range(0, len(captions), among):
+        group = captions[start : start + among]
+        image, text = embed_pairs(clip, pictures[start : start + among], group)
         best = (image @ text.T).argmax(dim=1).tolist()
-        hits += sum(captions[b] == captions[i] for i, b in enumerate(best))
-    return hits / (count * groups)
+        hits += sum(group[b] == caption for b, caption in zip(best, group, strict=True))
+    return hits / len(captions)
 
 
-def twin_accuracy(clip: CLIP, scenes: EmojiScenes, kind: str, count: int = 200, first: int = 0) -> float:
-    """Share of pictures that score their own caption above their twin's (chance 0.5); `kind` is one of TWIN_KINDS."""
+def retrieval_accuracy(clip: CLIP, scenes: EmojiScenes, count: int = 100, groups: int = 1, first: int = 0) -> float:
+    """Share of scenes whose own caption scores best among `count` captions, averaged over `groups` disjoint groups."""
+    examples = [scenes.example(first + i) for i in range(count * groups)]
+    pictures = stack_levels([example.pixels for example in examples])
+    return retrieval_share(clip, pictures, [example.caption for example in examples], count)
+
+
+def twin_accuracy(clip: CLIP, scenes: EmojiScenes, kind: TwinKind, count: int = 200, first: int = 0) -> float:
+    """Share of pictures that score their own caption above their twin's (chance 0.5), over `count` scenes and twins."""
     twins = [scenes.twins(first + i, kind=kind) for i in range(count)]
     pictures = stack_levels([t.pixels for t in twins] + [t.twin_pixels for t in twins])
     captions = [t.caption for t in twins] + [t.twin_caption for t in twins]
     image, text = embed_pairs(clip, pictures, captions)
     own = (image * text).sum(dim=1)
     other = (image * text.roll(count, dims=0)).sum(dim=1)
-    return float((own > other).float().mean())
+    return int((own > other).sum()) / len(captions)

@@ -14,7 +14,7 @@ def psnr(reference: Tensor, picture: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_figures(dvae: DVAE, pixels: Tensor, chunk_size: int = 64) -> dict[str, float]:
-    """Mean PSNR (dB), mean squared error on [0, 1], code perplexity and dead codes over pictures (B, 3, H, W) in [0, 1]."""
+    """Mean PSNR (dB), mean squared error, code perplexity and dead codes over pictures (B, 3, H, W) in [0, 1]."""
     tokens, decibels, errors = [], [], []
     for chunk in pixels.split(chunk_size):
         codes = dvae.encode(chunk)

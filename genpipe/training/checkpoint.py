@@ -1,8 +1,8 @@
 """Atomic checkpoints of a run: safetensors for tensors, JSON for numbers, the newest complete one wins.
 
-A checkpoint is a folder step-XXXXXXXX that appears by one rename, so that a killed process or a full disk leaves the previous
-one as it was. Every random draw of a run is seeded by (seed, step, micro-step, rank), so the random state and the data position
-are the step number; the format is the same for any number of processes.
+A checkpoint is a folder step-XXXXXXXX that appears by one rename, so that a killed process or a full disk leaves the
+previous one as it was. Every random draw of a run is seeded by the number of its batch, so the random state and the
+data position are two numbers, steps and batches; the format is the same for any number of processes.
 """
 
 import json
@@ -38,7 +38,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     temporary = folder / f".writing-{checkpoint.step:08d}-{os.getpid()}"
     record = {**checkpoint.record, "format_version": FORMAT_VERSION, "step": checkpoint.step}
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
+        for killed in folder.glob(".writing-*"):  # a run has one writer
+            shutil.rmtree(killed, ignore_errors=True)
+        temporary.mkdir(parents=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         save_file(tensors, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
@@ -53,7 +55,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         kept = newest(folder)
         kept_words = f"the checkpoint {kept} is untouched" if kept else "no earlier checkpoint exists"
         raise InputError(
-            f"the checkpoint {final} could not be written ({error}); {kept_words}, make room and run again to resume"
+            f"the checkpoint {final} could not be written ({error}); {kept_words}, make room and run again to resume."
         ) from error
     for old in _complete(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
@@ -76,15 +78,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
         record = json.loads((path / "state.json").read_text())
         if record["format_version"] > FORMAT_VERSION:
             raise InputError(
-                f"{path} has checkpoint format {record['format_version']}, this version reads up to {FORMAT_VERSION}; "
-                "update genpipe"
+                f"{path} has checkpoint format {record['format_version']}, this genpipe reads up to {FORMAT_VERSION}; "
+                "install a newer genpipe."
             )
-        tensors = load_file(path / "state.safetensors")
+        return Checkpoint(int(record["step"]), load_file(path / "state.safetensors"), record)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"the checkpoint {path} cannot be read ({error}); delete that folder to resume from the one before") from error
-    return Checkpoint(step=int(record["step"]), tensors=tensors, record=record)
+        raise InputError(
+            f"the checkpoint {path} cannot be read ({error}); delete that folder to resume from the one before."
+        ) from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

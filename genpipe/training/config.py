@@ -1,8 +1,10 @@
 """Recipes as dataclasses, and the overrides `--set key=value` that change them."""
 
+import copy
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -15,15 +17,20 @@ from genpipe.errors import InputError
 class DataConfig:
     """Where captioned pictures come from.
 
-    source: "scenes" (emoji scenes drawn on the fly), a folder / CSV / JSONL of pictures with captions, or webdataset shards
-        (a path or URL with brace expansion that ends in .tar).
+    source: "scenes" (emoji scenes drawn on the fly), a folder / CSV / JSONL of pictures with captions, or webdataset
+        shards (a path with brace expansion that ends in .tar, or a folder of tars).
     size: side of the training picture in pixels.
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
     seed: of the data order.
     workers: processes that prepare batches; 0 prepares them in the training process.
-    hard_negatives: share of a CLIP batch that comes as scenes with their twins (swapped, recounted, recoloured).
+    hard_negatives: share of a CLIP batch that comes as scenes with their twins (swapped, recounted, recoloured); other
+        sources have no twins and ignore it.
+    twin_shares: how often a twin is swapped, recounted or recoloured; places are what CLIP learns last.
+    plain_batches: number of batches at the start whose twins tell places by "left of" and "above" nearly always.
     crop: of pictures from a folder or shards: "centre", "stage_1" (the dVAE's random crops and flips) or "stage_2" (the
         transformer's near-centre crops without flips, since captions mention sides; 2102.12092, A.2 and B.2).
+    validation: source of the pictures that figures and samples are made of. Empty: held-out scenes for emoji scenes,
+        and for other sources the training source's own first pictures (the figures are then called seen, not heldout).
     """
 
     source: str = "scenes"
@@ -32,15 +39,18 @@ class DataConfig:
     seed: int = 0
     workers: int = 0
     hard_negatives: float = 0.0
+    twin_shares: list[float] = field(default_factory=lambda: [0.5, 0.4, 0.1])
+    plain_batches: int = 0
     crop: str = "centre"
+    validation: str = ""
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW with warm-up and decay.
 
-    learning_rate: at the peak; warmup_steps: linear from 0; decay: "cosine" or "linear" to final_fraction of the peak at the
-    last step, or "constant". clip_norm: largest gradient norm. weight_decay spares gains, biases and embeddings.
+    learning_rate: at the peak; warmup_steps: linear from 0; decay: "cosine" or "linear" to final_fraction of the peak
+    at the last step, or "constant". clip_norm: largest gradient norm. weight_decay spares gains, biases and embeddings.
     """
 
     learning_rate: float = 1e-3
@@ -58,10 +68,11 @@ class OptimizerConfig:
 class RunConfig:
     """One run.
 
-    steps: optimiser updates in all; batch_size: pictures per process and forward pass; accumulate: passes per update.
+    steps: optimiser updates in all; batch_size: pictures per process and forward pass; accumulate: passes per update
+    (CLIP compares the pictures of one pass, on all processes, with one another: accumulating adds no negatives).
     precision: "auto" (bf16 where the hardware has it), "bf16" or "no". ema_decay: of the averaged weights.
-    log_every, validate_every: in steps; save_minutes: between two checkpoints. seed: of weights, noise and dropout.
-    threads: CPU threads of each process, 0 leaves torch's choice.
+    log_every, validate_every: in steps. save_minutes: between two checkpoints; save_every: in steps, on top (0: none).
+    seed: of weights, noise and dropout. threads: CPU threads of each process, 0 leaves torch's choice.
     """
 
     steps: int = 2000
@@ -81,7 +92,8 @@ class RunConfig:
 class Recipe:
     """Everything that determines a run; printed at the start and saved as recipe.json.
 
-    model: constructor arguments of the part. objective: knobs of the stage's loss. init: folder of a part to start from.
+    model: constructor arguments of the part. objective: knobs of the stage's loss. init: folder of a part to start
+    from; its shape then counts, and `model` does not.
     """
 
     name: str
@@ -97,53 +109,51 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
+def flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Recipe.to_dict() with the dotted keys of `--set`: {"init": ..., "run.steps": ...}."""
+    settings: dict[str, Any] = {}
+    for key, value in recipe.items():
+        settings |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    return settings
+
+
 def keys_of(recipe: Recipe) -> list[str]:
     """All dotted keys that `--set` accepts for this recipe."""
-    keys = ["init"]
-    for group in ("model", "objective"):
-        keys += [f"{group}.{name}" for name in getattr(recipe, group)]
-    for group in ("data", "optimizer", "run"):
-        keys += [f"{group}.{f.name}" for f in dataclasses.fields(getattr(recipe, group))]
-    return keys
+    return [key for key in flat(recipe.to_dict()) if key not in ("name", "stage")]
 
 
 def apply_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """A new recipe with `key=value` overrides; keys are dotted (`run.steps=100`), values have the type of what they replace.
+    """A new recipe with `key=value` overrides: keys are dotted (`run.steps=100`), values typed as what they replace.
 
-    Raises InputError for an unknown key (with the nearest ones) or a value of another type.
+    Raises InputError for an unknown key (with the nearest ones), a value of another type or outside its limits.
     """
-    result = Recipe(**{f.name: _copied(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)})
+    result = copy.deepcopy(recipe)
     known = keys_of(recipe)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
-            raise InputError(f'"--set {override}" has no "="; write --set key=value, for example --set run.steps=100')
+            raise InputError(f'"--set {override}" has no "="; write --set key=value, for example --set run.steps=100.')
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(known)}"
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(known)}."
             raise InputError(f'recipe "{recipe.name}" has no setting "{key}"; {hint}')
         group, _, name = key.partition(".")
+        target = getattr(result, group)
         if not name:
             setattr(result, group, text)
-        elif isinstance(getattr(result, group), dict):
-            values = getattr(result, group)
-            values[name] = _parsed(key, text, type(values[name]))
+        elif isinstance(target, dict):
+            target[name] = _parsed(key, text, type(target[name]))
         else:
-            target = getattr(result, group)
             setattr(target, name, _parsed(key, text, _field_type(target, name)))
-    _check(result)
+    check(result)
     return result
-
-
-def _copied(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value)
-    return json.loads(json.dumps(value)) if isinstance(value, dict) else value
 
 
 def _field_type(target: Any, name: str) -> type:
     hint = typing.get_type_hints(type(target))[name]
-    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    if isinstance(hint, types.UnionType):
+        return typing.get_args(hint)[0]
+    return typing.get_origin(hint) or hint
 
 
 def _parsed(key: str, text: str, kind: type) -> Any:
@@ -158,32 +168,50 @@ def _parsed(key: str, text: str, kind: type) -> Any:
             return value
         return text if kind is type(None) else kind(text)
     except (ValueError, KeyError) as error:
-        raise InputError(f'"{text}" is no {kind.__name__} for the setting "{key}"') from error
+        raise InputError(f'"{text}" is no {kind.__name__} for the setting "{key}".') from error
 
 
-def _check(recipe: Recipe) -> None:
-    """Refuse values that cannot run, before anything is built."""
-    positive = {
-        "run.steps": recipe.run.steps,
-        "run.batch_size": recipe.run.batch_size,
-        "run.accumulate": recipe.run.accumulate,
-        "run.log_every": recipe.run.log_every,
-        "run.validate_every": recipe.run.validate_every,
-        "data.size": recipe.data.size,
-        "optimizer.learning_rate": recipe.optimizer.learning_rate,
-        "optimizer.clip_norm": recipe.optimizer.clip_norm,
-    }
-    for key, value in positive.items():
-        if not value > 0:
-            raise InputError(f"{key} is {value}; it must be above 0")
-    choices = {
-        "run.precision": (recipe.run.precision, ("auto", "bf16", "no")),
-        "optimizer.decay": (recipe.optimizer.decay, ("cosine", "linear", "constant")),
-        "data.crop": (recipe.data.crop, ("centre", "stage_1", "stage_2")),
-        "data.split": (recipe.data.split, ("train", "heldout", "all")),
-    }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise InputError(f'{key} is "{value}"; it must be one of {", ".join(allowed)}')
-    if not 0 <= recipe.run.ema_decay < 1:
-        raise InputError(f"run.ema_decay is {recipe.run.ema_decay}; it must be at least 0 and below 1")
+# Limits by dotted key. Settings that only some stages have are checked where they exist.
+_ABOVE_0 = (
+    "run.steps", "run.batch_size", "run.accumulate", "run.log_every", "run.validate_every", "data.size",
+    "optimizer.learning_rate", "optimizer.clip_norm", "optimizer.epsilon", "objective.temperature",
+    "objective.final_temperature", "objective.tokenizer_captions",
+)  # fmt: skip
+_NOT_BELOW_0 = (
+    "run.save_minutes", "run.save_every", "run.seed", "run.threads", "data.seed", "data.workers", "data.plain_batches",
+    "optimizer.weight_decay", "optimizer.warmup_steps", "objective.temperature_steps", "objective.kl_weight",
+    "objective.kl_steps", "objective.squared_error", "objective.warm_up_steps", "objective.twin_weight",
+)  # fmt: skip
+_FROM_0_TO_1 = (
+    "data.hard_negatives", "optimizer.final_fraction", "objective.caption_dropout", "objective.degrade",
+    "objective.text_weight",
+)  # fmt: skip
+_FROM_0_BELOW_1 = ("run.ema_decay", "optimizer.beta_1", "optimizer.beta_2", "objective.bpe_dropout")
+_CHOICES = {
+    "run.precision": ("auto", "bf16", "no"),
+    "optimizer.decay": ("cosine", "linear", "constant"),
+    "data.crop": ("centre", "stage_1", "stage_2"),
+    "data.split": ("train", "heldout", "all"),
+}
+
+
+def check(recipe: Recipe) -> None:
+    """Raise InputError, naming the setting and its limit, for values that cannot run."""
+    settings = flat(recipe.to_dict())
+    limits = (
+        (_ABOVE_0, "above 0", lambda value: value > 0),
+        (_NOT_BELOW_0, "0 or above", lambda value: value >= 0),
+        (_FROM_0_TO_1, "from 0 to 1", lambda value: 0 <= value <= 1),
+        (_FROM_0_BELOW_1, "at least 0 and below 1", lambda value: 0 <= value < 1),
+    )
+    for keys, words, holds in limits:
+        for key in keys:
+            if key in settings and not (math.isfinite(settings[key]) and holds(settings[key])):
+                raise InputError(f"{key} is {settings[key]}; it must be {words}.")
+    for key, allowed in _CHOICES.items():
+        if settings[key] not in allowed:
+            raise InputError(f'{key} is "{settings[key]}"; it must be one of {", ".join(allowed)}.')
+    shares = recipe.data.twin_shares
+    numbers = len(shares) == 3 and all(isinstance(share, int | float) and 0 <= share < math.inf for share in shares)
+    if not numbers or sum(shares) <= 0:
+        raise InputError(f"data.twin_shares is {shares}; it must be three numbers, 0 or above and not all 0.")

@@ -1,43 +1,65 @@
-"""Batches for the loop: batch number -> tensors, so that any process can prepare any batch and a resumed run finds its place.
+"""Batches for the loop: batch number -> tensors, so that any process can prepare any batch and a resumed run goes on.
 
 Legend: B rows of a batch, S side of the picture.
 """
 
+import signal
 from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import cast, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from genpipe.data.image_text import ImageTextFolder
-from genpipe.data.scenes import EmojiScenes
-from genpipe.data.shards import Shards
+from genpipe.data.captions import PLAIN_SHARE
+from genpipe.data.image_text import ImageTextFolder, Report
+from genpipe.data.samples import Pair
+from genpipe.data.scenes import EmojiScenes, Split, TwinKind, find_font
+from genpipe.data.shards import Shards, expand_shards
 from genpipe.data.transforms import CropConfig, centre_crop, stage_1_crop, stage_2_crop
+from genpipe.errors import InputError
 from genpipe.images import stack_levels
 from genpipe.training.config import DataConfig, Recipe
 
 Batch = dict[str, torch.Tensor]
+TWIN_KINDS: tuple[TwinKind, ...] = get_args(TwinKind)
 # (uint8 pictures (B, 3, S, S), captions, generator of this batch) -> tensors
 Collate = Callable[[np.ndarray, list[str], np.random.Generator], Batch]
 
 
+def twin_pairs(data: DataConfig, batch_size: int) -> int:
+    """How many pairs of twins a batch begins with; only emoji scenes have twins."""
+    return int(batch_size * data.hard_negatives) // 2 if data.source == "scenes" else 0
+
+
 class SceneBatches(Dataset[Batch]):
-    """Batches of emoji scenes by number; with hard negatives a share of the rows are scenes beside their twins."""
+    """Batches of emoji scenes by number; with hard negatives the first rows are scenes beside their twins.
+
+    The twins of the first data.plain_batches batches tell places by "left of" and "above" nearly always: a short
+    curriculum, since CLIP learns what the order of the nouns says before it learns what turns it round.
+    """
 
     def __init__(self, data: DataConfig, batch_size: int, collate: Collate) -> None:
-        self.scenes = EmojiScenes(size=data.size, split=data.split, seed=data.seed)
+        self.scenes = emoji_scenes(data, data.split)
+        self.plain_scenes = emoji_scenes(data, data.split, plain_share=0.95)
+        self.plain_batches = data.plain_batches
         self.batch_size = batch_size
-        self.pairs = int(batch_size * data.hard_negatives) // 2
+        self.pairs = twin_pairs(data, batch_size)
+        self.shares = np.array(data.twin_shares) / sum(data.twin_shares)
         self.seed = data.seed
         self.collate = collate
 
     def __getitem__(self, number: int) -> Batch:
         generator = np.random.default_rng((self.seed, 1, number))
         first = number * self.batch_size
+        twin_scenes = self.plain_scenes if number < self.plain_batches else self.scenes
         pixels, captions = [], []
         # a pair fills two rows, so the rows of a batch end before its last indices
         for index in range(first, first + self.pairs):
-            twins = self.scenes.twins(index)
+            kind = TWIN_KINDS[generator.choice(len(TWIN_KINDS), p=self.shares)]
+            twins = twin_scenes.twins(index, kind=kind)
             pixels += [twins.pixels, twins.twin_pixels]
             captions += [twins.caption, twins.twin_caption]
         for index in range(first + self.pairs, first + self.batch_size - self.pairs):
@@ -65,12 +87,107 @@ class FolderBatches(Dataset[Batch]):
         return epoch, int(self._order[1][place])
 
     def __getitem__(self, number: int) -> Batch:
-        generator = np.random.default_rng((self.seed, 1, number))
         rows = []
         for position in range(number * self.batch_size, (number + 1) * self.batch_size):
             epoch, index = self._place(position)
             rows.append(self.pictures.example(index, epoch))
-        return self.collate(np.stack([row[0] for row in rows]), [row[1] for row in rows], generator)
+        return _collated(rows, self.collate, self.seed, number)
+
+
+class ShardBatches(IterableDataset[Batch]):
+    """One process's endless batches of webdataset shards, from its batch `first` (0, 1, ...) on.
+
+    Worker processes are streams of their own, asked in turn; a resumed run starts each where it stood.
+    """
+
+    def __init__(self, recipe: Recipe, collate: Collate, first: int, rank: int, world: int) -> None:
+        self.data, self.batch_size, self.collate = recipe.data, recipe.run.batch_size, collate
+        self.first, self.rank, self.world = first, rank, world
+        self.report = Report()
+        self._shards(0, 1, 0)  # says at once what is missing
+
+    def _shards(self, lane: int, lanes: int, start: int) -> Shards:
+        rank, world = self.rank * lanes + lane, self.world * lanes
+        crop = crop_config(self.data)
+        return Shards(self.data.source, self.data.size, crop, self.data.seed, rank=rank, world=world, start=start)
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, lanes = (info.id, info.num_workers) if info is not None else (0, 1)
+        lane = (self.first + worker) % lanes  # the loader begins with worker 0, whichever stream's turn it is
+        delivered = len(range(lane, self.first, lanes))
+        shards = self._shards(lane, lanes, delivered * self.batch_size)
+        self.report = shards.report()
+        stream = iter(shards)
+        place = self.first + worker
+        while True:
+            rows = list(islice(stream, self.batch_size))
+            yield _collated(rows, self.collate, self.data.seed, place * self.world + self.rank)
+            place += lanes
+
+
+def _collated(rows: list[Pair], collate: Collate, seed: int, number: int) -> Batch:
+    return collate(
+        np.stack([row[0] for row in rows]), [row[1] for row in rows], np.random.default_rng((seed, 1, number))
+    )
+
+
+class BatchStream:
+    """This process's batches of what remains of a run.
+
+    Args:
+        seen: batches that all processes together have used so far. Batch numbers count on from there and are dealt to
+            the `world` processes in turn, so that no two see the same.
+        count: batches that this process will ask for.
+    The first batch is made at once: what is wrong with the data shows before anything is written. Raises InputError
+    when the source has no usable picture.
+    """
+
+    def __init__(self, recipe: Recipe, collate: Collate, seen: int, count: int, rank: int = 0, world: int = 1) -> None:
+        data, run = recipe.data, recipe.run
+        numbers = range(seen + rank, seen + count * world, world)
+        self._dataset: SceneBatches | FolderBatches | ShardBatches
+        if is_shards(data.source):
+            self._dataset = ShardBatches(recipe, collate, seen // world, rank, world)
+        elif data.source == "scenes":
+            self._dataset = SceneBatches(data, run.batch_size, collate)
+        else:
+            self._dataset = FolderBatches(data, run.batch_size, collate)
+        loader: DataLoader[Batch] = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=None if isinstance(self._dataset, ShardBatches) else numbers,
+            num_workers=data.workers,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # or it would draw from torch's own, which decides about dropout
+        )
+        self._batches = islice(loader, count)
+        self._first = next(self._batches, None)
+
+    def __next__(self) -> Batch:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        return next(self._batches)
+
+    def __iter__(self) -> "BatchStream":
+        return self
+
+    def report(self) -> Report:
+        """What could not be read so far; what worker processes skip is not known here."""
+        if isinstance(self._dataset, ShardBatches):
+            return self._dataset.report
+        return self._dataset.pictures.report() if isinstance(self._dataset, FolderBatches) else Report()
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the training process alone decides when its workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def emoji_scenes(data: DataConfig, split: str, plain_share: float = PLAIN_SHARE) -> EmojiScenes:
+    """Emoji scenes of the training size and seed on either side of the hold-out."""
+    return EmojiScenes(size=data.size, split=cast(Split, split), seed=data.seed, plain_share=plain_share)
 
 
 def crop_config(data: DataConfig) -> CropConfig:
@@ -78,66 +195,35 @@ def crop_config(data: DataConfig) -> CropConfig:
     return {"centre": centre_crop, "stage_1": stage_1_crop, "stage_2": stage_2_crop}[data.crop](data.size)
 
 
-class _Numbers:
-    """Sampler: the batch numbers of this process, from the first one that is still to come."""
-
-    def __init__(self, start: int, rank: int, world: int, accumulate: int, stop: int) -> None:
-        self.start, self.rank, self.world, self.accumulate, self.stop = start, rank, world, accumulate, stop
-
-    def __iter__(self) -> Iterator[int]:
-        for step in range(self.start, self.stop):
-            for micro in range(self.accumulate):
-                yield (step * self.accumulate + micro) * self.world + self.rank
-
-
 def is_shards(source: str) -> bool:
     """Whether a data source names webdataset shards."""
-    return source.endswith(".tar")
+    return source.endswith(".tar") or (Path(source).is_dir() and any(Path(source).glob("*.tar")))
 
 
-def batches(recipe: Recipe, collate: Collate, start: int, rank: int, world: int) -> Iterator[Batch]:
-    """This process's batches from optimiser step `start` on, run.accumulate of them per step.
-
-    Raises InputError when the source has no usable picture.
-    """
-    data, run = recipe.data, recipe.run
-    if is_shards(data.source):
-        yield from _shard_batches(recipe, collate, start, rank, world)
-        return
-    if data.source == "scenes":
-        dataset: Dataset[Batch] = SceneBatches(data, run.batch_size, collate)
-    else:
-        dataset = FolderBatches(data, run.batch_size, collate)
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=_Numbers(start, rank, world, run.accumulate, run.steps),
-        num_workers=data.workers,
-        persistent_workers=data.workers > 0,
-    )
-    yield from loader
+def check_source(data: DataConfig) -> None:
+    """Raise InputError at once for what would only show after minutes: no emoji font, no such file or folder."""
+    for source in (data.source, data.validation):
+        if source == "scenes":
+            find_font()
+        elif is_shards(source):
+            expand_shards(source)
+        elif source and not Path(source).exists():
+            raise InputError(f'there is no data source "{source}"; give "scenes", a folder, a list or shards (*.tar).')
 
 
-def _shard_batches(recipe: Recipe, collate: Collate, start: int, rank: int, world: int) -> Iterator[Batch]:
-    """Shards are a stream: a resumed run reads past what it has already seen."""
-    data, run = recipe.data, recipe.run
-    seen = start * run.accumulate * run.batch_size
-    crop = crop_config(data)
-    stream = iter(Shards(data.source, data.size, crop=crop, seed=data.seed, rank=rank, world=world, start=seen))
-    number = start * run.accumulate * world + rank
-    while True:
-        rows = [next(stream) for _ in range(run.batch_size)]
-        generator = np.random.default_rng((data.seed, 1, number))
-        yield collate(np.stack([row[0] for row in rows]), [row[1] for row in rows], generator)
-        number += world
+def pairs_of(source: str, size: int, count: int) -> list[Pair]:
+    """Up to `count` pairs of a folder, list or shards, each once, cut from the centre, always the same ones."""
+    if is_shards(source):
+        return list(islice(Shards(source, size=size).once(), count))
+    folder = ImageTextFolder(source, size=size)
+    return [folder[i] for i in range(min(count, len(folder)))]
 
 
 def captions_of(data: DataConfig, count: int) -> list[str]:
     """Up to `count` captions of a source, for training a tokenizer."""
     if data.source == "scenes":
-        scenes = EmojiScenes(size=data.size, split=data.split, seed=data.seed)
+        scenes = emoji_scenes(data, data.split)
         return [scenes.caption(scenes.scene(i), np.random.default_rng((data.seed, 3, i))) for i in range(count)]
     if is_shards(data.source):
-        stream = iter(Shards(data.source, size=data.size, seed=data.seed))
-        return [next(stream)[1] for _ in range(count)]
-    return list(ImageTextFolder(data.source, size=data.size).captions[:count])
+        return [caption for _, caption in pairs_of(data.source, data.size, count)]
+    return ImageTextFolder(data.source, size=data.size).captions[:count]

@@ -1,65 +1,55 @@
 """One accelerate loop for every stage: accumulate, clip, average, log, validate, save, resume.
 
-Every random draw is seeded by (seed, step, micro-step, rank) and every learning rate is a function of the step, so the state of a
-run is its tensors and one number; on one machine a killed and resumed run equals an uninterrupted one bit for bit.
+Every random draw is seeded by the number of its batch, counted over all processes, and every learning rate is a
+function of the step. So the state of a run is its tensors and two numbers; on one machine, with the same number of
+threads, a killed and resumed run equals an uninterrupted one bit for bit, and two processes see what one process sees
+that accumulates twice.
 """
 
-import csv
-import json
-import math
-import signal
+import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import broadcast
-from diffusers.training_utils import EMAModel
-from torch import nn
+from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm.auto import tqdm
 
 from genpipe.errors import InputError
 from genpipe.images import save_png
 from genpipe.parts import save_part
-from genpipe.training.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    newest,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
-from genpipe.training.config import OptimizerConfig, Recipe
-from genpipe.training.data import batches
-from genpipe.training.stages import STAGES, Stage
+from genpipe.training.checkpoint import Checkpoint, load_checkpoint, newest, save_checkpoint
+from genpipe.training.config import Recipe, check
+from genpipe.training.data import BatchStream, check_source
+from genpipe.training.interrupts import stop_on_interrupt
+from genpipe.training.log import Log
+from genpipe.training.optimizer import adamw, learning_rate
+from genpipe.training.run_folder import CHECKPOINTS, check_same_run, claim, fingerprint
+from genpipe.training.stage import Stage
+from genpipe.training.stages import STAGES
+from genpipe.training.state import State, batches_of
 
 
 @dataclass
 class TrainResult:
-    """Where a run stands: steps made, the folder of the averaged part, and the last figures that were logged."""
+    """Where a run stands.
+
+    step: updates made; part: folder of the averaged part; checkpoint: to resume from; figures: those logged last;
+    interrupted: whether Ctrl-C or SIGTERM ended it before its last step.
+    """
 
     step: int
     part: Path
+    checkpoint: Path | None
     figures: dict[str, float]
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of update `step` (from 0) of `steps`: linear warm-up, then decay to final_fraction of the peak."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = min((step - config.warmup_steps) / max(steps - config.warmup_steps, 1), 1.0)
-    kept = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.decay]
-    floor = 1.0 if config.decay == "constant" else config.final_fraction
-    return config.learning_rate * (floor + (1 - floor) * kept)
+    interrupted: bool
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """"auto" -> "bf16" where matrix products in bf16 are native, else "no"."""
+    """`auto` -> "bf16" where matrix products in bf16 are native, else "no"; others stay."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -68,43 +58,13 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and native else "no"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices and kernels only, not on gains, biases, embeddings and single numbers (2103.00020, 2.5)."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in tables]
-    others = [p for p in trained if p.ndim < 2 or id(p) in tables]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """One 63-bit seed per (seed, step, micro-step, rank), mixed so that neighbours share nothing."""
+def batch_seed(seed: int, number: int, stream: int) -> int:
+    """One 63-bit seed per (run's seed, batch number, stream), mixed so that neighbours share nothing."""
     value = 0x9E3779B97F4A7C15
-    for number in (seed, step, micro, rank):
-        value = (value ^ (number + 1)) * 0xBF58476D1CE4E5B9 % 2**64
+    for part in (seed, number, stream):
+        value = (value ^ (part + 1)) * 0xBF58476D1CE4E5B9 % 2**64
         value ^= value >> 31
     return value >> 1
-
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[list[bool]]:
-    """A flag that the first Ctrl-C or SIGTERM sets, so that the running step ends and is saved; the second one interrupts."""
-    flag: list[bool] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if flag:
-            raise KeyboardInterrupt
-        flag.append(True)
-
-    try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: interrupts are the caller's
-        previous = {}
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -113,240 +73,210 @@ class Trainer:
     Args:
         recipe: what to train; folder: where logs, samples, checkpoints and the part go.
         minutes: stop after this many minutes with a checkpoint; resume: go on from the newest checkpoint of the folder.
-    Raises InputError when the folder belongs to another recipe, or cannot be written.
+    Bad input is refused before anything is written: InputError for settings that cannot run, a folder that belongs to
+    another recipe or cannot be written, missing data.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, minutes: float | None = None, resume: bool = True) -> None:
-        if recipe.run.threads:
-            torch.set_num_threads(recipe.run.threads)
+        check(recipe)
+        check_source(recipe.data)
         self.recipe, self.folder, self.minutes = recipe, folder, minutes
-        kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
-        device = PartialState().device
-        self.accelerator = Accelerator(
-            mixed_precision=resolve_precision(recipe.run.precision, device),
-            gradient_accumulation_steps=recipe.run.accumulate,
-            kwargs_handlers=[kwargs],
-        )
-        start = newest(folder / "checkpoints") if resume else None
-        if self.main:
-            self._claim_folder(fresh=start is None)
-        self.accelerator.wait_for_everyone()
+        self.checkpoint = newest(folder / CHECKPOINTS) if resume else None
+        kept = load_checkpoint(self.checkpoint) if self.checkpoint is not None else None
+        self.bent = check_same_run(recipe, kept.record, folder) if kept is not None else []
+        self.accelerator = _accelerator(recipe)
 
         torch.manual_seed(recipe.run.seed)
-        self.stage: Stage = STAGES[recipe.stage](recipe, folder)
+        self.stage: Stage = STAGES[recipe.stage](recipe, folder if kept is not None else None)
+        tokenizer = getattr(self.stage.model, "tokenizer", None)
+        own = tokenizer if hasattr(tokenizer, "to_json") else None  # a published CLIP's is known by its name
+        self.fingerprint = fingerprint(self.stage.frozen(), own)
+        self._check_fingerprint(kept)
+        steps_left = max(recipe.run.steps - (kept.step if kept is not None else 0), 0)
+        self.stream = BatchStream(
+            recipe,
+            self.stage.collate,
+            seen=batches_of(kept),
+            count=steps_left * recipe.run.accumulate,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        if self.main:
+            claim(folder, recipe, self.stage.part, own, fresh=kept is None)
+        self.accelerator.wait_for_everyone()
+
         for module in self.stage.frozen():
             module.to(self.accelerator.device)
-        config = recipe.optimizer
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.stage.model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.beta_1, config.beta_2),
-            eps=config.epsilon,
-            fused=True,
-        )
+        self.optimizer = adamw(self.stage.model, recipe.optimizer)
         self.model, self.prepared = self.accelerator.prepare(self.stage.model.train(), self.optimizer)
-        self.ema = EMAModel(self.stage.model.parameters(), decay=recipe.run.ema_decay)
-        self.step = 0
+        self.state = State(self.stage.model, self.optimizer, recipe.run.ema_decay)
         self.figures: dict[str, float] = {}
-        if start is not None:
-            self._restore(load_checkpoint(start))
+        self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        if kept is not None:
+            self.state.restore(kept)
+            self.figures |= kept.record.get("figures", {})
 
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def _claim_folder(self, fresh: bool) -> None:
-        """Write recipe.json, or check that the folder's is this one (the number of steps and the logging may change)."""
-        file = self.folder / "recipe.json"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not fresh and file.is_file():
-                old, new = json.loads(file.read_text()), self.recipe.to_dict()
-                changed = [k for k in ("stage", "model", "objective", "data") if old.get(k) != new[k]]
-                if changed:
-                    raise InputError(
-                        f"{self.folder} holds a run with other settings ({', '.join(changed)}); choose another --out folder "
-                        "or start anew with --no-resume"
-                    )
-            elif fresh:
-                for name in ("log.csv", "tokenizer.json"):
-                    (self.folder / name).unlink(missing_ok=True)
-            file.write_text(json.dumps(self.recipe.to_dict(), indent=1))
-        except (OSError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"the training folder {self.folder} cannot be used ({error}); choose another --out folder") from error
-
     # state ------------------------------------------------------------------------------------------------------------
+
+    def _check_fingerprint(self, kept: Checkpoint | None) -> None:
+        """What is read but not trained must be the same on all processes, and as it was when the run began."""
+        if len(set(gather_object([self.fingerprint]))) > 1:
+            raise InputError("the processes read different frozen parts or tokenizers; give all of them the same.")
+        if kept is not None and kept.record.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise InputError(
+                f"the frozen parts or the tokenizer that the run in {self.folder} began with have changed; bring them "
+                "back, choose another --out folder, or start anew with --no-resume."
+            )
 
     def _save(self) -> None:
         """Checkpoint for resuming, and the averaged weights as the pipelines load them."""
+        self._check_finite()
         if self.main:
-            tensors = {f"model.{name}": p for name, p in self.stage.model.state_dict().items()}
-            tensors |= {f"ema.{i}": p for i, p in enumerate(self.ema.shadow_params)}
-            tensors |= optimizer_tensors(self.optimizer)
-            record = {"recipe": self.recipe.to_dict(), "ema_step": self.ema.optimization_step, "figures": self.figures}
-            save_checkpoint(self.folder / "checkpoints", Checkpoint(self.step, tensors, record))
-            with self._averaged_weights():
-                save_part(self.stage.model, self.folder / self.stage.part)
+            record = {"recipe": self.recipe.to_dict(), "fingerprint": self.fingerprint, "figures": self.figures}
+            self.checkpoint = save_checkpoint(self.folder / CHECKPOINTS, self.state.checkpoint(record))
+            self._save_part()
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        tensors = checkpoint.tensors
-        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        self.stage.model.load_state_dict(weights)
-        for i, shadow in enumerate(self.ema.shadow_params):
-            shadow.copy_(tensors[f"ema.{i}"])
-        self.ema.optimization_step = checkpoint.record["ema_step"]
-        restore_optimizer(self.optimizer, tensors)
-        self.step = checkpoint.step
-
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """The model in eval mode with the averaged weights, the trained ones afterwards."""
-        parameters = list(self.stage.model.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        self.stage.model.eval()
-        try:
-            yield
-        finally:
-            self.ema.restore(parameters)
-            self.stage.model.train()
+    def _save_part(self) -> None:
+        with self.state.averaged_weights():
+            save_part(self.stage.model, self.folder / self.stage.part)
 
     # the loop ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> TrainResult:
-        """Train until run.steps, the time budget or an interrupt, and save. Raises FloatingPointError for a loss that is
-        not finite."""
-        run, world = self.recipe.run, self.accelerator.num_processes
-        rank = self.accelerator.process_index
+        """Train until run.steps, the time budget or an interrupt, and save.
+
+        Raises FloatingPointError when the loss is not finite (the last checkpoint is from before that), InputError when
+        the folder cannot be written any more.
+        """
+        run, state = self.recipe.run, self.state
         started = saved = time.monotonic()
-        stream = batches(self.recipe, self.stage.collate, self.step, rank, world)
-        bar = tqdm(total=run.steps, initial=self.step, desc=self.recipe.name, disable=not self.main, file=sys.stderr, mininterval=1.0)
-        with Log(self.folder, self.step, enabled=self.main) as log, stop_on_interrupt() as interrupted, bar:
-            while self.step < run.steps:
-                losses = self._update(stream, rank)
-                self.step += 1
+        interrupted = False
+        bar = tqdm(
+            total=run.steps,
+            initial=state.step,
+            desc=self.recipe.name,
+            disable=not self.main,
+            file=sys.stderr,
+            mininterval=1.0,
+        )
+        if state.step >= run.steps and self.main:
+            self._save_part()  # a kill between the last checkpoint and this has no later chance
+        with Log(self.folder, state.step, enabled=self.main) as log, stop_on_interrupt() as flag, bar:
+            while state.step < run.steps:
+                figures = self._update()
                 bar.update()
-                log.count(run.batch_size * run.accumulate * world)
-                if self.step % run.log_every == 0:
-                    self._log(log, losses, bar)
-                if self.step % run.validate_every == 0 or self.step == run.steps:
+                log.count(run.batch_size * run.accumulate * self.accelerator.num_processes)
+                last = state.step == run.steps
+                if state.step % run.log_every == 0:
+                    self._log(log, figures, bar)
+                if state.step % run.validate_every == 0 or last:
                     self._validate(log)
                 now = time.monotonic()
-                out_of_time = self.minutes is not None and now - started >= 60 * self.minutes
-                stop = self._agreed(bool(interrupted) or out_of_time)
-                due = self._agreed(now - saved >= 60 * run.save_minutes)
-                if stop or due or self.step == run.steps or (run.save_every and self.step % run.save_every == 0):
+                interrupted, late, due = self._agreed(
+                    bool(flag),
+                    self.minutes is not None and now - started >= 60 * self.minutes,
+                    now - saved >= 60 * run.save_minutes or (run.save_every > 0 and state.step % run.save_every == 0),
+                )
+                if interrupted or late or due or last:
                     self._save()
                     saved = time.monotonic()
-                if stop:
+                if interrupted or late:
                     break
-        return TrainResult(self.step, self.folder / self.stage.part, dict(self.figures))
+        part, interrupted = self.folder / self.stage.part, interrupted and state.step < run.steps
+        return TrainResult(state.step, part, self.checkpoint, dict(self.figures), interrupted)
 
-    def _agreed(self, flag: bool) -> bool:
-        """The main process's word, so that all ranks stop and save in the same step."""
+    def _agreed(self, *flags: bool) -> list[bool]:
+        """Each flag, if any process raises it: all of them stop and save after the same step."""
         if self.accelerator.num_processes == 1:
-            return flag
-        return bool(broadcast(torch.tensor([float(flag)], device=self.accelerator.device)).item())
+            return list(flags)
+        raised = torch.tensor([float(flag) for flag in flags], device=self.accelerator.device)
+        return (self.accelerator.reduce(raised, reduction="sum") > 0).tolist()
 
-    def _update(self, stream: Iterator[dict[str, torch.Tensor]], rank: int) -> dict[str, torch.Tensor]:
-        """One optimiser update of run.accumulate batches."""
-        run, figures = self.recipe.run, {}
+    def _update(self) -> dict[str, torch.Tensor]:
+        """One optimiser update of run.accumulate batches; figures of the last one, the loss averaged over all."""
+        run, accelerator = self.recipe.run, self.accelerator
+        losses: list[torch.Tensor] = []
+        figures: dict[str, torch.Tensor] = {}
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe.optimizer, self.step, run.steps)
+            group["lr"] = learning_rate(self.recipe.optimizer, self.state.step, run.steps)
         for micro in range(run.accumulate):
-            seed = step_seed(run.seed, self.step, micro, rank)
-            torch.manual_seed(seed)  # dropout
-            generator = torch.Generator().manual_seed(seed)
-            batch = {name: tensor.to(self.accelerator.device) for name, tensor in next(stream).items()}
+            batch = {name: tensor.to(accelerator.device) for name, tensor in next(self.stream).items()}
+            number = self.state.seen + micro * accelerator.num_processes + accelerator.process_index
+            torch.manual_seed(batch_seed(run.seed, number, 0))  # dropout
+            noise, other = (torch.Generator().manual_seed(batch_seed(run.seed, number, i)) for i in (1, 2))
             if micro == 0:
-                self.stage.before_step(batch, self.step, generator)
-            with self.accelerator.accumulate(self.model):
-                loss, figures = self.stage.loss(self.model, batch, self.step, generator)
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    figures["gradient_norm"] = self.accelerator.clip_grad_norm_(
-                        self.model.parameters(), self.recipe.optimizer.clip_norm
-                    )
+                self.stage.before_step(batch, self.state.step, other)
+            with accelerator.accumulate(self.model):
+                loss, figures = self.stage.loss(self.model, batch, self.state.step, noise)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    limit = self.recipe.optimizer.clip_norm
+                    norm = torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), limit))
+                    figures["gradient_norm"] = norm
+                    self.finite &= torch.isfinite(norm)
                 self.prepared.step()
                 self.prepared.zero_grad()
-        self.ema.step(self.stage.model.parameters())
-        return {"loss": loss.detach(), **figures}
+            losses.append(loss.detach())
+        self.state.advance(run.accumulate * accelerator.num_processes)
+        mean = torch.stack(losses).mean()
+        self.finite &= torch.isfinite(mean)
+        return {"loss": mean, **figures}
 
-    def _log(self, log: "Log", losses: dict[str, torch.Tensor], bar: Any) -> None:
-        values = {name: float(value) for name, value in losses.items()}
-        if not math.isfinite(values["loss"]):
+    def _check_finite(self) -> None:
+        """Before anything is saved or shown, so that the last checkpoint is a sound one."""
+        if not self.finite.item():
+            kept = f"resume from {self.checkpoint}" if self.checkpoint is not None else "start anew"
             raise FloatingPointError(
-                f"the {self.recipe.stage} loss is {values['loss']} at step {self.step}; the last checkpoint is kept, resume "
-                "from it with a lower --set optimizer.learning_rate"
+                f"the {self.recipe.stage} loss or its gradient is not finite at step {self.state.step}; nothing of it "
+                f"was saved, {kept} with a lower --set optimizer.learning_rate."
             )
-        values["learning_rate"] = learning_rate(self.recipe.optimizer, self.step, self.recipe.run.steps)
+
+    def _log(self, log: Log, figures: dict[str, torch.Tensor], bar: Any) -> None:
+        self._check_finite()
+        values = {name: float(value) for name, value in figures.items()}
+        values["learning_rate"] = learning_rate(self.recipe.optimizer, self.state.step - 1, self.recipe.run.steps)
         values["pictures_per_second"] = log.rate()
         self.figures |= values
-        log.write(self.step, values)
+        log.write(self.state.step, values)
         bar.set_postfix(loss=f"{values['loss']:.4f}", pictures_per_s=f"{values['pictures_per_second']:.0f}")
 
-    def _validate(self, log: "Log") -> None:
-        """Held-out figures and a sample picture, with the averaged weights."""
+    def _validate(self, log: Log) -> None:
+        """Figures on validation pictures and a sample picture, with the averaged weights."""
+        self._check_finite()
         if self.main:
-            with self._averaged_weights():
-                figures = self.stage.validate()
-                if figures:
-                    self.figures |= figures
-                    log.write(self.step, figures)
-                    save_png(self.stage.sample(), self.folder / "samples" / f"{self.step:08d}.png", {"step": self.step})
-                    tqdm.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), file=sys.stderr)
+            with self.state.averaged_weights():
+                figures, sample = self.stage.validate(), self.stage.sample()
+            self.figures |= figures
+            log.write(self.state.step, figures)
+            save_png(sample, self.folder / "samples" / f"{self.state.step:08d}.png", {"step": self.state.step})
+            tqdm.write(
+                f"step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), file=sys.stderr
+            )
         self.accelerator.wait_for_everyone()
 
 
-class Log:
-    """log.csv (step, seconds, name, value) and TensorBoard events of a run; rows past a resumed step are dropped."""
-
-    def __init__(self, folder: Path, step: int, enabled: bool) -> None:
-        self.folder, self.step, self.enabled = folder, step, enabled
-        self.pictures, self.since = 0, time.monotonic()
-        self.started = time.monotonic()
-
-    def __enter__(self) -> "Log":
-        if self.enabled:
-            from torch.utils.tensorboard import SummaryWriter  # heavy, and only the writing process needs it
-
-            path = self.folder / "log.csv"
-            rows = [row for row in _read_rows(path) if int(row[0]) <= self.step]
-            self.handle = open(path, "w", newline="")
-            self.writer = csv.writer(self.handle)
-            self.writer.writerows([["step", "seconds", "name", "value"], *rows])
-            self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.enabled:
-            self.handle.close()
-            self.events.close()
-
-    def count(self, pictures: int) -> None:
-        self.pictures += pictures
-
-    def rate(self) -> float:
-        """Pictures per second since the last call."""
-        now = time.monotonic()
-        rate = self.pictures / max(now - self.since, 1e-9)
-        self.pictures, self.since = 0, now
-        return rate
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if self.enabled:
-            seconds = round(time.monotonic() - self.started, 1)
-            self.writer.writerows([step, seconds, name, value] for name, value in values.items())
-            self.handle.flush()
-            for name, value in values.items():
-                self.events.add_scalar(name, value, step)
-
-
-def _read_rows(path: Path) -> list[list[str]]:
-    if not path.is_file():
-        return []
-    with open(path, newline="") as handle:
-        return [row for row in csv.reader(handle) if row and row[0].isdigit()]
+def _accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator of a run, and its threads. Raises InputError for a precision that cannot be changed any more."""
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    # Without this word, accelerate's state takes each of several processes on a CPU for the only one.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    precision = resolve_precision(recipe.run.precision, PartialState(cpu=on_cpu).device)
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=precision,
+            gradient_accumulation_steps=recipe.run.accumulate,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:  # accelerate's state is one per process
+        raise InputError(f"run.precision {precision} cannot be had in this process ({error}).") from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise InputError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}.")
+    return accelerator

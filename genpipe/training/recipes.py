@@ -47,10 +47,17 @@ def clip() -> Recipe:
         name="clip",
         stage="clip",
         model={"architecture": nano_architecture(vocab_size=2048)},
-        objective={"vocab_size": 2048, "tokenizer": "", "tokenizer_captions": 20000, "degrade": 0.3, "local_loss": False},
-        data=DataConfig(hard_negatives=0.75),
+        objective={
+            "vocab_size": 2048,
+            "tokenizer": "",
+            "tokenizer_captions": 20000,
+            "degrade": 0.3,
+            "local_loss": False,
+            "twin_weight": 1.0,
+        },
+        data=DataConfig(hard_negatives=0.8, plain_batches=3000),
         optimizer=OptimizerConfig(learning_rate=1e-3, beta_2=0.98, weight_decay=0.1, warmup_steps=200),
-        run=RunConfig(steps=4000, batch_size=128),
+        run=RunConfig(steps=5000, batch_size=64),
     )
 
 
@@ -76,6 +83,7 @@ def dalle1() -> Recipe:
             "caption_dropout": 0.1,
             "bpe_dropout": 0.1,
             "text_weight": 1 / 8,
+            "codebook_init": True,
         },
         optimizer=OptimizerConfig(learning_rate=1e-3, beta_2=0.96, weight_decay=4.5e-2, warmup_steps=200),
         run=RunConfig(steps=7000, batch_size=32),

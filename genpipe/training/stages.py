@@ -1,11 +1,11 @@
-"""Stages: one per trained part. A stage builds its modules and turns a batch into a loss; it knows nothing of optimisers.
+"""The stages: dVAE, CLIP, and the transformer of DALL-E 1.
 
 Legend: B pictures, S side, L text positions, N image tokens.
 """
 
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,66 +19,15 @@ from genpipe.dalle1.dvae import DVAE, gumbel_noise
 from genpipe.dalle1.losses import relaxed_elbo_loss, text_image_loss
 from genpipe.dalle1.sampling import generate_tokens
 from genpipe.dalle1.transformer import DALLE1Transformer
-from genpipe.data.scenes import EmojiScenes
 from genpipe.errors import InputError
-from genpipe.evaluation.clip import TWIN_KINDS, retrieval_accuracy, twin_accuracy
+from genpipe.evaluation.clip import TWIN_KINDS, retrieval_share, twin_accuracy
 from genpipe.evaluation.reconstruction import reconstruction_figures
-from genpipe.images import make_grid, stack_levels, to_pil, to_unit
+from genpipe.images import make_grid, to_pil, to_unit
 from genpipe.parts import load_part
-from genpipe.tokenizer import FILE_NAME, CaptionTokenizer
-from genpipe.training.config import DataConfig, Recipe
-from genpipe.training.data import Batch, captions_of
-
-Logs = dict[str, Tensor]
-
-
-class Stage(Protocol):
-    """What the loop asks of a stage. `model` is the trained part; other modules are frozen."""
-
-    part: str  # folder name of the part inside a family
-    model: nn.Module
-
-    def collate(self, pictures: np.ndarray, captions: list[str], generator: np.random.Generator) -> Batch:
-        """uint8 pictures (B, 3, S, S) and captions -> tensors of one batch."""
-        ...
-
-    def before_step(self, batch: Batch, step: int, generator: torch.Generator) -> None:
-        """Changes to the model outside of gradient descent."""
-        ...
-
-    def loss(self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
-        """Scalar loss and detached figures; `model` is self.model, possibly wrapped for several processes."""
-        ...
-
-    def validate(self) -> dict[str, float]:
-        """Figures on held-out data."""
-        ...
-
-    def sample(self) -> Image.Image:
-        """A picture that shows what the part can do now."""
-        ...
-
-    def frozen(self) -> list[nn.Module]:
-        """Modules that must be on the training device but are not trained."""
-        ...
-
-
-def scene_validation(data: DataConfig) -> EmojiScenes | None:
-    """Held-out emoji scenes of the training size, or None for other sources."""
-    return EmojiScenes(size=data.size, split="heldout", seed=data.seed) if data.source == "scenes" else None
-
-
-def tokenizer_for(recipe: Recipe, folder: Path) -> CaptionTokenizer:
-    """The run's tokenizer: from objective.tokenizer (a part's folder), from `folder` when resuming, else trained on captions."""
-    given = recipe.objective.get("tokenizer", "")
-    if given:
-        return CaptionTokenizer.load(given)
-    if not (folder / FILE_NAME).is_file():
-        captions = captions_of(recipe.data, recipe.objective["tokenizer_captions"])
-        tokenizer = CaptionTokenizer.train(captions, vocab_size=recipe.objective["vocab_size"])
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder)
-    return CaptionTokenizer.load(folder)
+from genpipe.training.config import Recipe
+from genpipe.training.data import Batch, twin_pairs
+from genpipe.training.stage import Logs, Stage, build, tokenizer_for
+from genpipe.training.validation import Validation
 
 
 def schedule(start: float, end: float, step: int, steps: int) -> float:
@@ -87,118 +36,140 @@ def schedule(start: float, end: float, step: int, steps: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class DVAEStage:
+def _pixels(pictures: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pictures))
+
+
+class DVAEStage(Stage):
     """The discrete VAE: relaxed ELBO with the paper's schedules of temperature and KL weight (2102.12092, 2.1, A.2)."""
 
     part = "dvae"
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe = recipe
-        self.model = load_part(DVAE, recipe.init) if recipe.init else DVAE(**recipe.model)
-        self.scenes = scene_validation(recipe.data)
-        self.warm_up = 0 if recipe.init or self.model.config.head == "linear" else recipe.objective["warm_up_steps"]
-
-    def frozen(self) -> list[nn.Module]:
-        return []
+    def __init__(self, recipe: Recipe, resumed: Path | None) -> None:
+        self.objective = recipe.objective
+        self.model = load_part(DVAE, recipe.init) if recipe.init else build(DVAE, recipe.model)
+        size, native = recipe.data.size, self.model.config.resolution
+        if size != native:
+            raise InputError(f"data.size is {size}, but the dVAE's resolution is {native}; make both the same.")
+        trained = recipe.init or self.model.config.head == "linear"
+        self.warm_up = 0 if trained else self.objective["warm_up_steps"]
+        cells = recipe.run.batch_size * self.model.grid_size**2
+        if self.warm_up and cells < self.model.num_codes:
+            raise InputError(
+                f"the {self.model.num_codes} codes are initialised from one batch, which has {cells} cells; raise "
+                "run.batch_size or lower model.num_codes."
+            )
+        self.validation = Validation(recipe.data, 256)
 
     def collate(self, pictures: np.ndarray, captions: list[str], generator: np.random.Generator) -> Batch:
-        return {"pixels": torch.from_numpy(np.ascontiguousarray(pictures))}
+        return {"pixels": _pixels(pictures)}
 
     @torch.no_grad()
     def before_step(self, batch: Batch, step: int, generator: torch.Generator) -> None:
+        """The code book from encoder outputs, once the continuous warm-up is over."""
         if self.warm_up and step == self.warm_up:
             features = self.model.encode_features(to_unit(batch["pixels"]))
             self.model.initialise_codebook(features, generator)
 
     def loss(self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
-        o = self.recipe.objective
+        o = self.objective
         step = step - self.warm_up
+        quantise = step >= 0
         pixels = to_unit(batch["pixels"])
         temperature = schedule(o["temperature"], o["final_temperature"], step, o["temperature_steps"])
-        beta = schedule(0.0, o["kl_weight"], step, o["kl_steps"])
-        quantise = step >= 0
+        beta = schedule(0.0, o["kl_weight"], step, o["kl_steps"]) if quantise else 0.0
         gumbel = None
         if quantise:
-            config = self.model.config
             cells = pixels.shape[-1] // self.model.factor
-            gumbel = gumbel_noise((len(pixels), config.num_codes, cells, cells), generator, pixels)
+            gumbel = gumbel_noise((len(pixels), self.model.num_codes, cells, cells), generator, pixels)
         output = model(pixels, temperature=temperature, gumbel=gumbel, quantise=quantise)
-        beta = beta if quantise else 0.0
         loss, logs = relaxed_elbo_loss(pixels, output.mu, output.ln_b, output.logits, beta, o["squared_error"])
         return loss, {**logs, "temperature": torch.tensor(temperature), "beta": torch.tensor(beta)}
 
-    def _held_out(self, count: int) -> Tensor:
-        if self.scenes is None:
-            raise InputError("held-out pictures are known for emoji scenes only")
-        pictures = stack_levels([self.scenes.example(i).pixels for i in range(count)])
-        return to_unit(pictures).to(self.model.device)
+    def _validation_pixels(self) -> Tensor:
+        return to_unit(self.validation.pairs()[0]).to(self.model.device)
 
     def validate(self) -> dict[str, float]:
-        return reconstruction_figures(self.model, self._held_out(256)) if self.scenes else {}
+        figures = reconstruction_figures(self.model, self._validation_pixels())
+        return {f"{self.validation.kind}_{name}": value for name, value in figures.items()}
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
-        pixels = self._held_out(16)
+        """Sixteen pictures above what is left of them."""
+        pixels = self._validation_pixels()[:16]
         restored = self.model.decode(self.model.encode(pixels))
-        return make_grid(to_pil(torch.cat([pixels, restored])), columns=16, scale=2)
+        return make_grid(to_pil(torch.cat([pixels, restored])), columns=len(pixels), scale=2)
 
 
-class ClipStage:
+class ClipStage(Stage):
     """CLIP: symmetric contrastive loss over pairs, twins of scenes among them as hard negatives (2103.00020, 2.3)."""
 
     part = "clip"
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, resumed: Path | None) -> None:
+        self.objective = recipe.objective
         if recipe.init:
             self.model = load_part(CLIP, recipe.init)
         else:
-            tokenizer = tokenizer_for(recipe, folder)
-            model = dict(recipe.model)
-            architecture = model.pop("architecture")
-            text = {**architecture["text_cfg"], "vocab_size": tokenizer.vocab_size}
-            self.model = CLIP(architecture={**architecture, "text_cfg": text}, **model)
+            tokenizer = tokenizer_for(recipe, resumed)
+            settings = dict(recipe.model)
+            architecture = settings.pop("architecture")
+            text = {**architecture.get("text_cfg", {}), "vocab_size": tokenizer.vocab_size}
+            self.model = build(CLIP, {"architecture": {**architecture, "text_cfg": text}, **settings})
             self.model.tokenizer = tokenizer
-        self.scenes = scene_validation(recipe.data)
-
-    def frozen(self) -> list[nn.Module]:
-        return []
+        self.twin_rows = 2 * twin_pairs(recipe.data, recipe.run.batch_size)
+        self.validation = Validation(recipe.data, 200)
 
     def collate(self, pictures: np.ndarray, captions: list[str], generator: np.random.Generator) -> Batch:
-        tokens = self.model.tokenizer(captions, self.model.context_length)
-        return {"pixels": torch.from_numpy(np.ascontiguousarray(pictures)), "ids": tokens.ids, "mask": tokens.mask}
-
-    def before_step(self, batch: Batch, step: int, generator: torch.Generator) -> None:
-        return None
+        tokens = self.model.tokenize(captions)
+        return {"pixels": _pixels(pictures), "ids": tokens.ids, "mask": tokens.mask}
 
     def loss(self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
-        pixels = degrade(to_unit(batch["pixels"]), self.recipe.objective["degrade"], generator)
+        pixels = degrade(to_unit(batch["pixels"]), self.objective["degrade"], generator)
         image, text, scale = model(pixels, batch["ids"], batch["mask"])
-        loss = contrastive_loss(image, text, scale, local_loss=self.recipe.objective["local_loss"])
+        loss = contrastive_loss(image, text, scale, local_loss=self.objective["local_loss"])
         with torch.no_grad():
             right = (image @ text.T).argmax(dim=1) == torch.arange(len(image), device=image.device)
-        return loss, {"accuracy": right.float().mean(), "logit_scale": scale.detach()}
+        logs = {"accuracy": right.float().mean(), "logit_scale": scale.detach()}
+        if self.twin_rows:
+            twin, accuracy = twin_loss(image[: self.twin_rows], text[: self.twin_rows], scale)
+            loss = loss + self.objective["twin_weight"] * twin
+            logs |= {"twin_loss": twin.detach(), "twin_accuracy": accuracy}
+        return loss, logs
 
     def validate(self) -> dict[str, float]:
-        if self.scenes is None:
-            return {}
-        figures = {f"twin_{kind}": twin_accuracy(self.model, self.scenes, kind, 100) for kind in TWIN_KINDS}
-        return {**figures, "retrieval": retrieval_accuracy(self.model, self.scenes, 100, 2)}
+        """Retrieval among 100 captions; for emoji scenes also how often a scene is told from its twin."""
+        figures = {"retrieval": retrieval_share(self.model, *self.validation.pairs())}
+        if self.validation.scenes is not None:
+            scenes = self.validation.scenes
+            figures |= {f"twin_{kind}": twin_accuracy(self.model, scenes, kind, 100) for kind in TWIN_KINDS}
+        return {f"{self.validation.kind}_{name}": value for name, value in figures.items()}
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
-        """Held-out pictures under the caption, out of 100, that scores best."""
-        if self.scenes is None:
-            raise InputError("sample pictures are known for emoji scenes only")
-        examples = [self.scenes.example(i) for i in range(100)]
-        pixels = to_unit(stack_levels([e.pixels for e in examples[:16]])).to(self.model.device)
-        text = self.model.encode_text([e.caption for e in examples]).normalized
+        """Pictures under the caption, out of 100, that scores best."""
+        pictures, captions = self.validation.pairs()
+        pixels, captions = to_unit(pictures[:16]).to(self.model.device), captions[:100]
+        text = self.model.encode_text(captions).normalized
         best = (self.model.encode_image(pixels).normalized @ text.T).argmax(dim=1).tolist()
-        return make_grid(to_pil(pixels), columns=8, labels=[examples[b].caption for b in best], scale=4)
+        return make_grid(to_pil(pixels), columns=8, labels=[captions[b] for b in best], scale=4)
+
+
+def twin_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of telling one's own caption, and one's own picture, from its twin's alone; and the accuracy.
+
+    image, text: normalised (2 n, D), twins side by side; scale: of the logits. In the loss of the whole batch a twin is
+    one of many candidates, and before CLIP can tell twins apart what they teach drowns in the rest.
+    """
+    image, text = image.unflatten(0, (-1, 2)), text.unflatten(0, (-1, 2))  # n, 2, D
+    logits = scale * torch.einsum("nid,njd->nij", image, text)  # n, 2, 2
+    own = torch.arange(2, device=logits.device).expand(len(logits), 2)
+    loss = (F.cross_entropy(logits.mT, own) + F.cross_entropy(logits, own)) / 2
+    return loss, (logits.detach().argmax(dim=-1) == own).float().mean()
 
 
 def degrade(pixels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Blur and noise on a random share of pictures (B, 3, H, W) in [0, 1]: CLIP will judge drawn pictures, not only clean ones."""
+    """Blur and noise on a random share of pictures (B, 3, H, W) in [0, 1]: CLIP will judge drawn ones, too."""
     if probability <= 0:
         return pixels
     draws = torch.rand(4, len(pixels), generator=generator, device=generator.device).to(pixels.device)
@@ -209,24 +180,33 @@ def degrade(pixels: Tensor, probability: float, generator: torch.Generator) -> T
     return (torch.lerp(pixels, small, blur) + level * noise).clamp(0, 1)
 
 
-class DALLE1Stage:
+class DALLE1Stage(Stage):
     """The transformer over text and image tokens of a frozen dVAE (2102.12092, 2.2)."""
 
     part = "transformer"
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe = recipe
-        if not recipe.objective["dvae"]:
-            raise InputError("the transformer reads a trained dVAE; name its folder with --set objective.dvae=FOLDER")
-        self.dvae = load_part(DVAE, recipe.objective["dvae"]).requires_grad_(False)
+    def __init__(self, recipe: Recipe, resumed: Path | None) -> None:
+        self.objective = recipe.objective
+        if not self.objective["dvae"]:
+            raise InputError("the transformer reads a trained dVAE; name its folder with --set objective.dvae=FOLDER.")
+        self.dvae = load_part(DVAE, self.objective["dvae"]).requires_grad_(False)
+        if recipe.data.size % self.dvae.factor:
+            raise InputError(f"data.size is {recipe.data.size}; this dVAE needs a multiple of {self.dvae.factor}.")
+        shape = {"num_image_tokens": self.dvae.num_codes, "grid_size": recipe.data.size // self.dvae.factor}
         if recipe.init:
             self.model = load_part(DALLE1Transformer, recipe.init)
+            other = {key: self.model.config[key] for key in shape if self.model.config[key] != shape[key]}
+            if other:
+                raise InputError(f"{recipe.init} was made for another dVAE or data.size: it has {other}, not {shape}.")
         else:
-            tokenizer = tokenizer_for(recipe, folder)
-            shape = {"num_image_tokens": self.dvae.num_codes, "grid_size": recipe.data.size // self.dvae.factor}
-            self.model = DALLE1Transformer(vocab_size=tokenizer.vocab_size, **shape, **recipe.model)
+            tokenizer = tokenizer_for(recipe, resumed)
+            settings = {"vocab_size": tokenizer.vocab_size, **shape, **recipe.model}
+            self.model = build(DALLE1Transformer, settings)
             self.model.tokenizer = tokenizer
-        self.scenes = scene_validation(recipe.data)
+            if self.objective["codebook_init"]:
+                seeded = torch.Generator().manual_seed(recipe.run.seed)
+                self.model.initialise_image_tokens(self.dvae.codebook, seeded)
+        self.validation = Validation(recipe.data, 128)
 
     def frozen(self) -> list[nn.Module]:
         return [self.dvae]
@@ -236,46 +216,44 @@ class DALLE1Stage:
         return tokens.ids, tokens.mask
 
     def collate(self, pictures: np.ndarray, captions: list[str], generator: np.random.Generator) -> Batch:
-        o = self.recipe.objective
+        o = self.objective
         dropped = generator.random(len(captions)) < o["caption_dropout"]
         kept = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
         ids, mask = self._tokens(kept, o["bpe_dropout"], generator)
-        return {"pixels": torch.from_numpy(np.ascontiguousarray(pictures)), "ids": ids, "mask": mask}
-
-    def before_step(self, batch: Batch, step: int, generator: torch.Generator) -> None:
-        return None
+        return {"pixels": _pixels(pictures), "ids": ids, "mask": mask}
 
     def loss(self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         with torch.no_grad():
             image_tokens = self.dvae.encode(to_unit(batch["pixels"]))
         text_logits, image_logits = model(batch["ids"], batch["mask"], image_tokens)
-        weight = self.recipe.objective["text_weight"]
+        weight = self.objective["text_weight"]
         return text_image_loss(text_logits, image_logits, batch["ids"], batch["mask"], image_tokens, weight)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        if self.scenes is None:
-            return {}
-        examples = [self.scenes.example(i) for i in range(128)]
+        pictures, captions = self.validation.pairs()
         device = self.model.device
-        ids, mask = (x.to(device) for x in self._tokens([e.caption for e in examples]))
-        tokens = self.dvae.encode(to_unit(stack_levels([e.pixels for e in examples])).to(device))
-        _, logs = text_image_loss(*self.model(ids, mask, tokens), ids, mask, tokens)
-        return {"heldout_text": float(logs["text"]), "heldout_image": float(logs["image"])}
+        ids, mask = (x.to(device) for x in self._tokens(captions))
+        tokens = self.dvae.encode(to_unit(pictures).to(device))
+        text_logits, image_logits = self.model(ids, mask, tokens)
+        _, logs = text_image_loss(text_logits, image_logits, ids, mask, tokens)
+        return {f"{self.validation.kind}_{name}": float(logs[name]) for name in ("text", "image")}
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
-        if self.scenes is None:
-            raise InputError("sample pictures are known for emoji scenes only")
-        captions = [self.scenes.example(i).caption for i in range(16)]
+        """Sixteen captions, two candidates each."""
+        captions = self.validation.pairs()[1][:16]
         device = self.model.device
         ids, mask = (x.to(device) for x in self._tokens(captions))
-        null_text = tuple(x.to(device) for x in self._tokens([""]))
-        tokens = generate_tokens(
-            self.model, ids, mask, [[0, 1]] * len(captions), guidance_scale=2.0, null_text=(null_text[0], null_text[1])
-        )
+        null_ids, null_mask = (x.to(device) for x in self._tokens([""]))
+        seeds = [[0, 1]] * len(captions)
+        tokens = generate_tokens(self.model, ids, mask, seeds, guidance_scale=2.0, null_text=(null_ids, null_mask))
         pictures = to_pil(self.dvae.decode(tokens.flatten(0, 1)))
         return make_grid(pictures, columns=8, labels=[c for caption in captions for c in (caption, "")], scale=3)
 
 
-STAGES = {"dvae": DVAEStage, "clip": ClipStage, "dalle1": DALLE1Stage}
+STAGES: dict[str, type[DVAEStage] | type[ClipStage] | type[DALLE1Stage]] = {
+    "dvae": DVAEStage,
+    "clip": ClipStage,
+    "dalle1": DALLE1Stage,
+}

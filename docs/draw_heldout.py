@@ -1,0 +1,46 @@
+"""Draws docs/heldout.png: the first held-out scenes of each kind, best 4 of 16 candidates each, nothing picked by hand.
+
+python docs/draw_heldout.py [FAMILY] [--seed 0]
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from genpipe.data.scenes import EmojiScenes
+from genpipe.images import make_grid
+from pipelines.family import load_family
+
+KINDS = ("single", "single", "count", "count", "left of", "right of", "above", "below")
+
+
+def held_out_prompts() -> list[str]:
+    """One prompt for each entry of KINDS: the first held-out scene of that kind or relation that was not used yet."""
+    scenes = EmojiScenes(split="heldout")
+    wanted, prompts, index = list(KINDS), {}, 0
+    while wanted:
+        scene = scenes.scene(index)
+        kind = scene.relation or scene.kind
+        if kind in wanted and (scene.kind != "single" or scene.size is None):
+            wanted.remove(kind)
+            prompts.setdefault(kind, []).append(scenes.caption(scene, np.random.default_rng(index), True))
+        index += 1
+    return [prompts[kind].pop(0) for kind in KINDS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the picture of held-out prompts.")
+    parser.add_argument("family", nargs="?", default="nano")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "heldout.png")
+    arguments = parser.parse_args()
+    drawn = load_family(arguments.family).dalle1(held_out_prompts(), num_candidates=16, keep=4, seed=arguments.seed)
+    pictures = [image for images in drawn.images for image in images]
+    labels = [f"{prompt} ({s:.2f})" for prompt, row in zip(drawn.prompts, drawn.scores, strict=True) for s in row]
+    make_grid(pictures, columns=8, labels=labels, scale=4).save(arguments.out)
+    print("\n".join(drawn.prompts))
+
+
+if __name__ == "__main__":
+    main()

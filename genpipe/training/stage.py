@@ -1,0 +1,79 @@
+"""What the loop asks of a stage, and what stages share: building a part, having a tokenizer.
+
+Legend: B pictures, S side, L text positions, N image tokens.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from genpipe.errors import InputError
+from genpipe.tokenizer import FILE_NAME, CaptionTokenizer
+from genpipe.training.config import Recipe
+from genpipe.training.data import Batch, captions_of
+
+Logs = dict[str, Tensor]
+Part = TypeVar("Part")
+
+
+class Stage(ABC):
+    """One trained part: builds its modules and turns a batch into a loss; it knows nothing of optimisers.
+
+    part: folder name of the part inside a family. model: the trained part. Stages are made from a recipe and the folder
+    of the run that is resumed, None for a fresh start; they write nothing.
+    """
+
+    part: str
+    model: Any
+
+    def frozen(self) -> list[nn.Module]:
+        """Modules that must be on the training device but are not trained."""
+        return []
+
+    @abstractmethod
+    def collate(self, pictures: np.ndarray, captions: list[str], generator: np.random.Generator) -> Batch:
+        """uint8 pictures (B, 3, S, S) and captions -> tensors of one batch."""
+
+    def before_step(self, batch: Batch, step: int, generator: torch.Generator) -> None:
+        """Change the model outside of gradient descent; most stages never do."""
+        return None
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
+        """Scalar loss and detached figures; `model` is self.model, possibly wrapped for several processes."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Figures on validation pictures."""
+
+    @abstractmethod
+    def sample(self) -> Image.Image:
+        """A picture that shows what the part can do now."""
+
+
+def build(part: Callable[..., Part], settings: dict[str, Any]) -> Part:
+    """part(**settings). Raises InputError for settings that no model can be built with."""
+    try:
+        return part(**settings)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AssertionError) as error:
+        name, reason = getattr(part, "__name__", "part"), " ".join(str(error).split())
+        raise InputError(f"a {name} cannot be built with these model settings ({reason}).") from error
+
+
+def tokenizer_for(recipe: Recipe, resumed: Path | None) -> CaptionTokenizer:
+    """The run's tokenizer: from objective.tokenizer (a part's folder), from a resumed run, else trained on captions."""
+    given = recipe.objective["tokenizer"] or (
+        resumed if resumed is not None and (resumed / FILE_NAME).is_file() else ""
+    )
+    if given:
+        return CaptionTokenizer.load(given)
+    captions = captions_of(recipe.data, recipe.objective["tokenizer_captions"])
+    return CaptionTokenizer.train(captions, vocab_size=recipe.objective["vocab_size"])
