@@ -221,7 +221,9 @@ def assemble(
     name: Annotated[str | None, typer.Option(help="The family's name.", show_default="the folder's name")] = None,
     licence: Annotated[str, typer.Option("--license", help="Licence of the weights.")] = "unknown",
     description: Annotated[str, typer.Option(help="One sentence: what it draws.")] = "",
-    guidance: Annotated[float, typer.Option(help="Guidance to use where a call gives none.")] = 2.0,
+    guidance: Annotated[float, typer.Option(help="Guidance where a call gives none.")] = 2.0,
+    temperature: Annotated[float, typer.Option(help="Temperature where a call gives none.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Top-p where a call gives none.")] = 0.95,
     card: Annotated[Path | None, typer.Option(help="Text file of the model card.", show_default="none")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of an existing folder.")] = False,
 ) -> None:
@@ -239,7 +241,7 @@ def assemble(
         "name": name or folder.absolute().name,
         "license": licence,
         "description": description,
-        "defaults": {"guidance_scale": guidance},
+        "defaults": {"guidance_scale": guidance, "temperature": temperature, "top_p": top_p},
     }
     assembly.assemble(folder, folders, about, text, replace)
     show(str(folder))

@@ -29,8 +29,8 @@ FLAGS = {
     "rerank": {"--top", "--clip", "--device", "--json"},
     "train": {"--set", "--minutes", "--steps", "--out", "--resume", "--no-resume"},
     "assemble": {
-        "--runs", "--clip", "--dvae", "--transformer", "--name", "--license", "--description", "--guidance", "--card",
-        "--replace",
+        "--runs", "--clip", "--dvae", "--transformer", "--name", "--license", "--description", "--guidance",
+        "--temperature", "--top-p", "--card", "--replace",
     },
     "info": {"--json"},
 }  # fmt: skip

@@ -69,6 +69,15 @@ def test_lists_and_dicts_are_json() -> None:
     assert architecture.model["architecture"] == {"embed_dim": 4}
 
 
+def test_what_is_null_takes_a_number_and_a_number_null() -> None:
+    paper = recipe("dvae-paper")
+    assert paper.model["branch_gain"] is None
+    assert apply_overrides(paper, ["model.branch_gain=0.5"]).model["branch_gain"] == 0.5
+    assert apply_overrides(recipe("dvae"), ["model.branch_gain=null"]).model["branch_gain"] is None
+    with pytest.raises(InputError, match='"much" is no number or JSON for the setting "model.branch_gain"'):
+        apply_overrides(paper, ["model.branch_gain=much"])
+
+
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [

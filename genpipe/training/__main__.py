@@ -44,7 +44,8 @@ def run(recipe: str, overrides: list[str], minutes: float | None, out: Path | No
                 f"stopped at step {result.step} of {steps}; the same command goes on from {result.checkpoint}",
                 file=sys.stderr,
             )
-        print(f"{result.step} of {steps} steps; weights in {result.part}")
+        made = f"{result.step} of {steps} steps" if result.step <= steps else f"{result.step} steps were made before"
+        print(f"{made}; weights in {result.part}")
     if result.interrupted:
         raise KeyboardInterrupt
 

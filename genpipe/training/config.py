@@ -142,7 +142,7 @@ def apply_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
         if not name:
             setattr(result, group, text)
         elif isinstance(target, dict):
-            target[name] = _parsed(key, text, type(target[name]))
+            target[name] = None if text == "null" else _parsed(key, text, type(target[name]))
         else:
             setattr(target, name, _parsed(key, text, _field_type(target, name)))
     check(result)
@@ -156,8 +156,11 @@ def _field_type(target: Any, name: str) -> type:
     return typing.get_origin(hint) or hint
 
 
+_KINDS = {type(None): "number or JSON"}
+
+
 def _parsed(key: str, text: str, kind: type) -> Any:
-    """`text` as a bool, int, float, str, list or dict; JSON for the last two."""
+    """`text` as a bool, int, float, str, list or dict; JSON for the last two, and for what was null."""
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
@@ -166,9 +169,9 @@ def _parsed(key: str, text: str, kind: type) -> Any:
             if not isinstance(value, list if kind is tuple else kind):
                 raise ValueError(text)
             return value
-        return text if kind is type(None) else kind(text)
+        return json.loads(text) if kind is type(None) else kind(text)
     except (ValueError, KeyError) as error:
-        raise InputError(f'"{text}" is no {kind.__name__} for the setting "{key}".') from error
+        raise InputError(f'"{text}" is no {_KINDS.get(kind, kind.__name__)} for the setting "{key}".') from error
 
 
 # Limits by dotted key. Settings that only some stages have are checked where they exist.

@@ -224,6 +224,6 @@ def captions_of(data: DataConfig, count: int) -> list[str]:
     if data.source == "scenes":
         scenes = emoji_scenes(data, data.split)
         return [scenes.caption(scenes.scene(i), np.random.default_rng((data.seed, 3, i))) for i in range(count)]
-    if is_shards(data.source):
-        return [caption for _, caption in pairs_of(data.source, data.size, count)]
+    if is_shards(data.source):  # one picture in memory at a time
+        return [caption for _, caption in islice(Shards(data.source, size=data.size).once(), count)]
     return ImageTextFolder(data.source, size=data.size).captions[:count]

@@ -156,6 +156,8 @@ class Trainer:
         run, state = self.recipe.run, self.state
         started = saved = time.monotonic()
         interrupted = False
+        if state.step >= run.steps and self.main:
+            self._save_part()  # a kill between the last checkpoint and this has no later chance
         bar = tqdm(
             total=run.steps,
             initial=state.step,
@@ -164,8 +166,6 @@ class Trainer:
             file=sys.stderr,
             mininterval=1.0,
         )
-        if state.step >= run.steps and self.main:
-            self._save_part()  # a kill between the last checkpoint and this has no later chance
         with Log(self.folder, state.step, enabled=self.main) as log, stop_on_interrupt() as flag, bar:
             while state.step < run.steps:
                 figures = self._update()
