@@ -156,7 +156,7 @@ def _find(name: str | os.PathLike[str]) -> Path:
     if text in shipped_families():
         return _shipped_folder() / text
     try:
-        if Path(text).is_dir():
+        if text and Path(text).is_dir():
             return Path(text)
     except (OSError, ValueError):  # too long for a path, or with a zero byte
         pass
