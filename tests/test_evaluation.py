@@ -129,14 +129,12 @@ def test_the_best_of_n_by_hand() -> None:
 
 
 def test_the_curve_is_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot_curve(best_of_n_curve(torch.rand(3, 4)), tmp_path / "curve.png", reference=0.9)
     assert Image.open(tmp_path / "curve.png").size == (600, 384)
 
 
 @pytest.mark.slow
 def test_the_figures_of_a_family(tiny_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     command = [sys.executable, "-m", "genpipe.evaluation", str(tiny_folder), "--out", str(tmp_path / "figures")]
     small = ["--count", "8", "--prompts", "2", "--candidates", "4"]
     done = subprocess.run([*command, *small], capture_output=True, text=True, timeout=300)
