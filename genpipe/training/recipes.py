@@ -75,8 +75,8 @@ def dalle1() -> Recipe:
     """The family's transformer: 24 text positions and 64 image tokens.
 
     One core: about 36 pictures/s, two: about 60; 80 minutes. Held-out image loss in nats per token: 2.77 at step 500,
-    2.54 at 1,000, 2.32 at 2,000, 2.19 at 3,000, 2.12 at 4,000, 2.09 at 4,900, 2.03 at 6,400 (the learning rate was raised
-    once more after 4,900). It was still falling at the end.
+    2.54 at 1,000, 2.32 at 2,000, 2.19 at 3,000, 2.12 at 4,000, 2.09 at 4,900, 2.03 at 6,400 (the learning rate was
+    raised once more after 4,900). It was still falling at the end.
     """
     return Recipe(
         name="dalle1",
