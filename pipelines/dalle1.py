@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from genpipe.clip.model import CLIP
-from genpipe.clip.rerank import TopK, score
+from genpipe.clip.rerank import TopK, is_out_of_memory, score
 from genpipe.dalle1.dvae import DVAE
 from genpipe.dalle1.sampling import generate_tokens, rows_within
 from genpipe.dalle1.transformer import DALLE1Transformer
@@ -145,7 +145,7 @@ class DALLE1Pipeline(DiffusionPipeline):
                 complete = False
                 break
             except RuntimeError as error:
-                if len(block) == 1 or not out_of_memory(error):
+                if len(block) == 1 or not is_out_of_memory(error):
                     raise
                 pending += block.halves()[::-1]
                 continue
@@ -295,8 +295,3 @@ def blocks(num_prompts: int, num_candidates: int, rows: int) -> Iterator[Block]:
         prompts = range(first, min(first + together, num_prompts))
         for start in range(0, num_candidates, rows):
             yield Block(prompts, range(start, min(start + rows, num_candidates)))
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on an accelerator (own class) or on the CPU (only the message tells)."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

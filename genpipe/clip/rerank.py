@@ -16,7 +16,7 @@ import torch
 from genpipe.clip.model import CLIP
 from genpipe.errors import InputError
 
-OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY_TEXTS = ("out of memory", "allocate memory", "not enough memory")
 
 
 class TopK:
@@ -178,6 +178,8 @@ def _finite(values: torch.Tensor, stage: str) -> torch.Tensor:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on whatever device: torch tells by its text, Python by the class."""
+    """Whether an error means that memory ran out, on whatever device; on a CPU torch tells by its text only."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or any(phrase in text for phrase in OUT_OF_MEMORY_TEXTS)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        phrase in text for phrase in OUT_OF_MEMORY_TEXTS
+    )
