@@ -4,6 +4,7 @@ Legend: B pictures, S side, L text positions, N image tokens.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from genpipe.images import make_grid, to_pil, to_unit
 from genpipe.parts import load_part
 from genpipe.training.config import Recipe
 from genpipe.training.data import Batch, twin_pairs
+from genpipe.training.decoder_stage import DecoderStage
 from genpipe.training.stage import Logs, Stage, build, tokenizer_for
 from genpipe.training.validation import Validation
 
@@ -252,8 +254,9 @@ class DALLE1Stage(Stage):
         return make_grid(pictures, columns=8, labels=[c for caption in captions for c in (caption, "")], scale=3)
 
 
-STAGES: dict[str, type[DVAEStage] | type[ClipStage] | type[DALLE1Stage]] = {
+STAGES: dict[str, Callable[[Recipe, Path | None], Stage]] = {
     "dvae": DVAEStage,
     "clip": ClipStage,
     "dalle1": DALLE1Stage,
+    "decoder": DecoderStage,
 }
