@@ -14,7 +14,7 @@ def weights_identity(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        half = parameter.detach().to("cpu", torch.float16).contiguous()
+        half = parameter.detach().half().cpu().contiguous()
         digest.update(f"{name} {tuple(half.shape)}\n".encode())
         digest.update(half.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

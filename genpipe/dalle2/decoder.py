@@ -144,15 +144,28 @@ class Decoder(ModelMixin, ConfigMixin):
         """x_t (B, 3, H, W), t (B,) or scalar -> prediction (B, 3, H, W), or (B, 6, H, W) with learned variance."""
         patch = self.config.patch_size
         x = rearrange(x_t, "b c (h p) (w q) -> b (c p q) h w", p=patch, q=patch)
+        context, mask = self._unambiguous(condition, *x.shape[-2:])
         output = self.unet(
             x.to(self.dtype),
             t,
-            encoder_hidden_states=condition.context,
+            encoder_hidden_states=context,
             class_labels=condition.time,
-            attention_mask=condition.mask,
+            attention_mask=mask,
             return_dict=False,
         )[0]
         return rearrange(output, "b (c p q) h w -> b c (h p) (w q)", p=patch, q=patch)
+
+    def _unambiguous(self, condition: DecoderCondition, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Context and mask, one masked position longer where they would be as long as some level has pixels.
+
+        diffusers completes the mask of the context by the pixels of each level, but takes a mask that is as long as
+        those for a complete one.
+        """
+        context, mask = condition.context, condition.mask
+        pixels = {-(-height // 2**level) * -(-width // 2**level) for level in range(len(self.unet.down_blocks))}
+        while mask.shape[1] in pixels:
+            context, mask = F.pad(context, (0, 0, 0, 1)), F.pad(mask, (0, 1), value=False)
+        return context, mask
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Diffusion: noising, training targets and losses of decoder, upsamplers and prior (2204.06125, 2; 2006.11239; 2102.09672).
+"""Diffusion: noising, training targets and losses of all parts (2204.06125, 2; 2006.11239; 2102.09672).
 
 Legend: B rows; a row is a picture (C, H, W) or an embedding (D,). alpha_bar (B) is the cumulative product at each row's
 time step: 1 is clean, 0 is noise.
@@ -10,22 +10,38 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from genpipe.errors import InputError
+
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")  # diffusers' names of noise, x_0 and v
 # Steps at and above this signal-to-noise ratio count as clean: there is nothing to predict.
 _MAX_SNR = 1e8
 
 
 def cumulative_alphas(beta_schedule: str, num_train_timesteps: int) -> Tensor:
-    """alpha_bar_t of every time step, (T,), for a schedule by diffusers' name ("squaredcos_cap_v2" is the cosine one)."""
-    return DDPMScheduler(num_train_timesteps, beta_schedule=beta_schedule).alphas_cumprod
+    """alpha_bar_t of every time step, (T,), for a schedule by diffusers' name ("squaredcos_cap_v2" is the cosine one).
+
+    Raises InputError for a schedule that diffusers does not know.
+    """
+    try:
+        return DDPMScheduler(num_train_timesteps, beta_schedule=beta_schedule).alphas_cumprod
+    except NotImplementedError as error:
+        raise InputError(f"there is no noise schedule {beta_schedule!r}; try squaredcos_cap_v2.") from error
 
 
-def stratified_timesteps(rows: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
-    """Time steps (B,), each uniform in [0, T), spread evenly over the batch: the loss of a batch varies less."""
+def stratified_timesteps(
+    rows: int, num_train_timesteps: int, generator: torch.Generator, shift: float = 1.0
+) -> Tensor:
+    """Time steps (B,), each uniform in [0, T), spread evenly over the batch: the loss of a batch varies less.
+
+    shift: s in u -> s u / (1 + (s - 1) u) for u in [0, 1) (2403.03206, 5.3.2): above 1, noisy steps come s times as
+    often, clean ones as seldom.
+    """
     u = torch.rand((), generator=generator, device=generator.device)
     places = (torch.arange(rows, device=generator.device) + u) / rows
     order = torch.randperm(rows, generator=generator, device=generator.device)
-    return (places[order] * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    u = places[order]
+    u = shift * u / (1 + (shift - 1) * u)
+    return (u * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:

@@ -2,10 +2,19 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 Pair = tuple[np.ndarray, str]  # pixels uint8 (3, S, S), caption of one line
+
+
+class Example(NamedTuple):
+    """A pair with what else is known of it: the CLIP embedding of its picture, float32 (D,), where one is stored."""
+
+    pixels: np.ndarray
+    caption: str
+    embedding: np.ndarray | None
 
 
 class BrokenSample(Exception):
@@ -29,6 +38,13 @@ class Report:
         """Count one sample that cannot be used."""
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self.first.setdefault(reason, where)
+
+    def add(self, other: "Report") -> None:
+        """Count what another report counted, too."""
+        self.read += other.read
+        for reason, count in other.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
+            self.first.setdefault(reason, other.first[reason])
 
     def __str__(self) -> str:
         total = sum(self.skipped.values())

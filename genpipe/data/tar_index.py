@@ -5,6 +5,7 @@ Nothing is extracted and nothing is executed: of all members only pictures, capt
 
 import io
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,11 @@ def read_entry(file: IO[bytes], entry: Entry, max_pixels: int = images.MAX_PIXEL
         return images.decode_picture(io.BytesIO(data), entry.key, max_pixels), caption
     except InputError as error:
         raise BrokenSample("picture cannot be read", str(error)) from error
+
+
+def picture_crc(file: IO[bytes], entry: Entry) -> int:
+    """CRC-32 of a sample's picture as it lies in the open shard `file`; raises BrokenSample."""
+    return zlib.crc32(_read(file, entry.picture, MEMBER_LIMIT))
 
 
 def _read(file: IO[bytes], member: Member, limit: int) -> bytes:

@@ -29,6 +29,9 @@ class DataConfig:
     plain_batches: number of batches at the start whose twins tell places by "left of" and "above" nearly always.
     crop: of pictures from a folder or shards: "centre", "stage_1" (the dVAE's random crops and flips) or "stage_2" (the
         transformer's near-centre crops without flips, since captions mention sides; 2102.12092, A.2 and B.2).
+    embeddings: where `genpipe embed` wrote the CLIP embeddings of the shards' pictures: "beside" the shards, or a
+        folder. Empty: embeddings are computed during training. They are those of the pictures' centre, so the crop must
+        be "centre" too.
     validation: source of the pictures that figures and samples are made of. Empty: held-out scenes for emoji scenes,
         and for other sources the training source's own first pictures (the figures are then called seen, not heldout).
     """
@@ -42,6 +45,7 @@ class DataConfig:
     twin_shares: list[float] = field(default_factory=lambda: [0.5, 0.4, 0.1])
     plain_batches: int = 0
     crop: str = "centre"
+    embeddings: str = ""
     validation: str = ""
 
 
@@ -178,16 +182,17 @@ def _parsed(key: str, text: str, kind: type) -> Any:
 _ABOVE_0 = (
     "run.steps", "run.batch_size", "run.accumulate", "run.log_every", "run.validate_every", "data.size",
     "optimizer.learning_rate", "optimizer.clip_norm", "optimizer.epsilon", "objective.temperature",
-    "objective.final_temperature", "objective.tokenizer_captions",
+    "objective.final_temperature", "objective.tokenizer_captions", "objective.repeats", "objective.crop",
 )  # fmt: skip
 _NOT_BELOW_0 = (
     "run.save_minutes", "run.save_every", "run.seed", "run.threads", "data.seed", "data.workers", "data.plain_batches",
     "optimizer.weight_decay", "optimizer.warmup_steps", "objective.temperature_steps", "objective.kl_weight",
     "objective.kl_steps", "objective.squared_error", "objective.warm_up_steps", "objective.twin_weight",
+    "objective.statistics_pairs",
 )  # fmt: skip
 _FROM_0_TO_1 = (
     "data.hard_negatives", "optimizer.final_fraction", "objective.caption_dropout", "objective.degrade",
-    "objective.text_weight",
+    "objective.text_weight", "objective.text_dropout",
 )  # fmt: skip
 _FROM_0_BELOW_1 = ("run.ema_decay", "optimizer.beta_1", "optimizer.beta_2", "objective.bpe_dropout")
 _CHOICES = {
@@ -196,6 +201,7 @@ _CHOICES = {
     "data.crop": ("centre", "stage_1", "stage_2"),
     "data.split": ("train", "heldout", "all"),
 }
+_READ_EMBEDDINGS = ("decoder", "prior")  # stages that can do with stored embeddings of the pictures
 
 
 def check(recipe: Recipe) -> None:
@@ -214,6 +220,10 @@ def check(recipe: Recipe) -> None:
     for key, allowed in _CHOICES.items():
         if settings[key] not in allowed:
             raise InputError(f'{key} is "{settings[key]}"; it must be one of {", ".join(allowed)}.')
+    if recipe.data.embeddings and recipe.stage not in _READ_EMBEDDINGS:
+        raise InputError(
+            f'data.embeddings is "{recipe.data.embeddings}", but the stage {recipe.stage} reads none; leave it empty.'
+        )
     shares = recipe.data.twin_shares
     numbers = len(shares) == 3 and all(isinstance(share, int | float) and 0 <= share < math.inf for share in shares)
     if not numbers or sum(shares) <= 0:

@@ -5,6 +5,7 @@ Legend: B rows of a batch, S side of the picture.
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import cast, get_args
@@ -14,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from genpipe.data.captions import PLAIN_SHARE
+from genpipe.data.embeddings import StoredEmbeddings
 from genpipe.data.image_text import ImageTextFolder, Report
 from genpipe.data.samples import Pair
 from genpipe.data.scenes import EmojiScenes, Split, TwinKind, find_font
@@ -97,19 +99,26 @@ class FolderBatches(Dataset[Batch]):
 class ShardBatches(IterableDataset[Batch]):
     """One process's endless batches of webdataset shards, from its batch `first` (0, 1, ...) on.
 
-    Worker processes are streams of their own, asked in turn; a resumed run starts each where it stood.
+    Worker processes are streams of their own, asked in turn; a resumed run starts each where it stood. With
+    data.embeddings a batch holds "image_embedding", float32 (B, D), beside what `collate` makes.
     """
 
     def __init__(self, recipe: Recipe, collate: Collate, first: int, rank: int, world: int) -> None:
         self.data, self.batch_size, self.collate = recipe.data, recipe.run.batch_size, collate
         self.first, self.rank, self.world = first, rank, world
         self.report = Report()
-        self._shards(0, 1, 0)  # says at once what is missing
+        self.embeddings: StoredEmbeddings | None = None
+        sources = self._shards(0, 1, 0).sources  # says at once what is missing
+        if self.data.embeddings:
+            stored = stored_embeddings(self.data)
+            self.embeddings = replace(stored, identity=stored.header(sources[0][0]).clip_identity)  # all from one CLIP
 
     def _shards(self, lane: int, lanes: int, start: int) -> Shards:
         rank, world = self.rank * lanes + lane, self.world * lanes
-        crop = crop_config(self.data)
-        return Shards(self.data.source, self.data.size, crop, self.data.seed, rank=rank, world=world, start=start)
+        data, crop = self.data, crop_config(self.data)
+        return Shards(
+            data.source, data.size, crop, data.seed, rank=rank, world=world, start=start, embeddings=self.embeddings
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -118,11 +127,14 @@ class ShardBatches(IterableDataset[Batch]):
         delivered = len(range(lane, self.first, lanes))
         shards = self._shards(lane, lanes, delivered * self.batch_size)
         self.report = shards.report()
-        stream = iter(shards)
+        stream = shards.examples()
         place = self.first + worker
         while True:
             rows = list(islice(stream, self.batch_size))
-            yield _collated(rows, self.collate, self.data.seed, place * self.world + self.rank)
+            pairs = [(row.pixels, row.caption) for row in rows]
+            batch = _collated(pairs, self.collate, self.data.seed, place * self.world + self.rank)
+            embeddings = [row.embedding for row in rows if row.embedding is not None]
+            yield {**batch, "image_embedding": torch.from_numpy(np.stack(embeddings))} if embeddings else batch
             place += lanes
 
 
@@ -209,6 +221,54 @@ def check_source(data: DataConfig) -> None:
             expand_shards(source)
         elif source and not Path(source).exists():
             raise InputError(f'there is no data source "{source}"; give "scenes", a folder, a list or shards (*.tar).')
+    if data.embeddings and not is_shards(data.source):
+        raise InputError(
+            f'data.embeddings is "{data.embeddings}", but "{data.source}" is no webdataset shards (*.tar); leave it '
+            "empty, and embeddings are computed during training."
+        )
+    if data.embeddings and data.crop != "centre":
+        raise InputError(
+            f'data.crop is "{data.crop}", but stored embeddings show the centre of each picture; set '
+            "data.crop=centre, or leave data.embeddings empty."
+        )
+
+
+def stored_embeddings(data: DataConfig) -> StoredEmbeddings:
+    """Where the embeddings of data.source lie, by data.embeddings."""
+    return StoredEmbeddings(None if data.embeddings == "beside" else Path(data.embeddings))
+
+
+def check_embeddings(data: DataConfig, identity: str) -> None:
+    """Raise InputError unless every shard of data.source has embeddings by the CLIP with this `weights_identity`.
+
+    For stages that read "image_embedding" from their batches. Reads headers alone; does nothing without
+    data.embeddings.
+    """
+    if not data.embeddings:
+        return
+    check_source(data)
+    stored = replace(stored_embeddings(data), identity=identity)
+    shards = expand_shards(data.source)
+    missing = [shard for shard in shards if not stored.exist(shard)]
+    if missing:
+        out = "" if stored.folder is None else f" --out {stored.folder}"
+        raise InputError(
+            f"{len(missing):,} of {len(shards):,} shards have no embeddings, the first is {str(missing[0])!r}; make "
+            f"them with: genpipe embed {data.source} --clip FOLDER{out}."
+        )
+    for shard in shards:
+        stored.header(shard)
+
+
+def first_embeddings(data: DataConfig, count: int) -> np.ndarray:
+    """Up to `count` stored embeddings of the training pictures, float32 (n, D), in file order: always the same ones."""
+    stored, found = stored_embeddings(data), []
+    for shard in expand_shards(data.source):
+        found.append(stored.load(shard).values[:count])
+        count -= len(found[-1])
+        if count <= 0:
+            break
+    return np.concatenate(found).astype(np.float32)
 
 
 def pairs_of(source: str, size: int, count: int) -> list[Pair]:

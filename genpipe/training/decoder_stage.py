@@ -28,7 +28,7 @@ from genpipe.images import make_grid, signed_to_unit, to_pil, to_unit, unit_to_s
 from genpipe.parts import load_part
 from genpipe.tokenizer import TokenBatch
 from genpipe.training.config import Recipe
-from genpipe.training.data import Batch
+from genpipe.training.data import Batch, check_embeddings
 from genpipe.training.stage import Logs, Stage, build
 from genpipe.training.validation import Validation
 
@@ -50,6 +50,7 @@ class DecoderStage(Stage):
             raise InputError("the decoder reads a trained CLIP; name its folder with --set objective.clip=FOLDER.")
         self.clip = load_part(CLIP, self.objective["clip"]).requires_grad_(False)
         identity = weights_identity(self.clip)
+        check_embeddings(recipe.data, identity)
         if recipe.init:
             self.model = load_part(Decoder, recipe.init)
             if self.model.config.clip_identity not in (None, identity):
@@ -79,20 +80,22 @@ class DecoderStage(Stage):
         return {"pixels": pixels, "ids": tokens.ids, "mask": tokens.mask, "image_kept": torch.from_numpy(image_kept)}
 
     @torch.no_grad()
-    def _condition(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Condition:
+    def _condition(self, pixels: Tensor, ids: Tensor, mask: Tensor, image_embedding: Tensor | None = None) -> Condition:
+        """`image_embedding`: of the pixels where it was stored, as CLIP gives it."""
         text = self.clip.encode_text(TokenBatch(ids, mask))
         longest = int(mask.any(dim=0).sum())  # what is padding in every row need not be attended to
-        return self.clip.embed_image(pixels), text.embedding, text.states[:, :longest], text.mask[:, :longest]
+        image = self.clip.embed_image(pixels) if image_embedding is None else image_embedding
+        return image, text.embedding, text.states[:, :longest], text.mask[:, :longest]
 
     def loss(self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         c, o = self.model.config, self.objective
         pixels = to_unit(batch["pixels"])
         x_0 = unit_to_signed(pixels)
-        t = stratified_timesteps(len(x_0), c.num_train_timesteps, generator)
+        t = stratified_timesteps(len(x_0), c.num_train_timesteps, generator, o["timestep_shift"])
         noise = torch.randn(x_0.shape, generator=generator).to(x_0)
         alpha_bar, t = self.alphas[t].to(x_0), t.to(x_0.device)
         x_t = diffuse(x_0, noise, alpha_bar)
-        condition = self._condition(pixels, batch["ids"], batch["mask"])
+        condition = self._condition(pixels, batch["ids"], batch["mask"], batch.get("image_embedding"))
         output = model(x_t, t, *condition, batch["image_kept"]).float()
         prediction, fraction = output[:, :3], output[:, 3:]
         target = training_target(x_0, noise, alpha_bar, c.prediction_type)
@@ -120,7 +123,11 @@ class DecoderStage(Stage):
         alpha_bar, t = self.alphas[t].to(x_0), t.to(x_0.device)
         x_t, target = diffuse(x_0, noise, alpha_bar), training_target(x_0, noise, alpha_bar, c.prediction_type)
         figures = {}
-        for name, texts, kept in (("both", captions, True), ("text", captions, False), ("image", [""] * len(x_0), True)):
+        for name, texts, kept in (
+            ("both", captions, True),
+            ("text", captions, False),
+            ("image", [""] * len(x_0), True),
+        ):
             tokens = self.clip.tokenize(texts)
             condition = self._condition(pixels, tokens.ids.to(x_0.device), tokens.mask.to(x_0.device))
             keep = torch.full((len(x_0),), kept, device=x_0.device)

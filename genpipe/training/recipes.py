@@ -8,6 +8,14 @@ from collections.abc import Callable
 from genpipe.clip.architecture import nano_architecture
 from genpipe.errors import InputError
 from genpipe.training.config import DataConfig, OptimizerConfig, Recipe, RunConfig
+from genpipe.training.dalle2_recipes import (
+    decoder,
+    prior,
+    prior_paper,
+    upsampler,
+    upsampler_paper_1,
+    upsampler_paper_2,
+)
 
 
 def dvae() -> Recipe:
@@ -105,40 +113,6 @@ def dalle1() -> Recipe:
     )
 
 
-def decoder() -> Recipe:
-    """The family's decoder of DALL-E 2: 32 x 32 pictures, folded to 16 x 16; 13.6 million parameters."""
-    return Recipe(
-        name="decoder",
-        stage="decoder",
-        model={
-            "unet_config": {
-                "block_out_channels": [96, 192, 192],
-                "layers_per_block": 1,
-                "down_block_types": [
-                    "ResnetDownsampleBlock2D",
-                    "SimpleCrossAttnDownBlock2D",
-                    "SimpleCrossAttnDownBlock2D",
-                ],
-                "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-                "up_block_types": ["SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
-                "attention_head_dim": 64,
-                "resnet_time_scale_shift": "scale_shift",
-            },
-            "patch_size": 2,
-            "prediction_type": "v_prediction",
-        },
-        objective={
-            "clip": "",
-            "image_dropout": 0.1,
-            "text_dropout": 0.5,
-            "min_snr_gamma": 5.0,
-            "bound_weight": 0.001,
-        },
-        optimizer=OptimizerConfig(learning_rate=8e-4, beta_2=0.99, weight_decay=1e-2, warmup_steps=300),
-        run=RunConfig(steps=7500, batch_size=32, ema_decay=0.9985),
-    )
-
-
 def dvae_paper() -> Recipe:
     """The paper's dVAE (2102.12092, A): 256 x 256 pictures, 32 x 32 tokens of 8,192 codes, linear head, its schedules.
 
@@ -216,8 +190,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "clip": clip,
     "dalle1": dalle1,
     "decoder": decoder,
+    "prior": prior,
+    "upsampler": upsampler,
     "dvae-paper": dvae_paper,
     "dalle1-paper": dalle1_paper,
+    "prior-paper": prior_paper,
+    "upsampler-paper-1": upsampler_paper_1,
+    "upsampler-paper-2": upsampler_paper_2,
 }
 
 

@@ -28,7 +28,9 @@ from genpipe.parts import load_part
 from genpipe.training.config import Recipe
 from genpipe.training.data import Batch, twin_pairs
 from genpipe.training.decoder_stage import DecoderStage
+from genpipe.training.prior_stage import PriorStage
 from genpipe.training.stage import Logs, Stage, build, tokenizer_for
+from genpipe.training.upsampler_stage import UpsamplerStage
 from genpipe.training.validation import Validation
 
 
@@ -259,4 +261,6 @@ STAGES: dict[str, Callable[[Recipe, Path | None], Stage]] = {
     "clip": ClipStage,
     "dalle1": DALLE1Stage,
     "decoder": DecoderStage,
+    "prior": PriorStage,
+    "upsampler": UpsamplerStage,
 }

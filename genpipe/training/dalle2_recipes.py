@@ -1,0 +1,161 @@
+"""The shipped recipes of DALL-E 2 (2204.06125); each docstring says hardware, time and the number to expect."""
+
+from genpipe.training.config import DataConfig, OptimizerConfig, Recipe, RunConfig
+
+
+def decoder() -> Recipe:
+    """The family's decoder of DALL-E 2: 32 x 32 pictures, folded to 16 x 16; 13.6 million parameters."""
+    return Recipe(
+        name="decoder",
+        stage="decoder",
+        model={
+            "unet_config": {
+                "block_out_channels": [96, 192, 192],
+                "layers_per_block": 1,
+                "down_block_types": [
+                    "ResnetDownsampleBlock2D",
+                    "SimpleCrossAttnDownBlock2D",
+                    "SimpleCrossAttnDownBlock2D",
+                ],
+                "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+                "up_block_types": ["SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
+                "attention_head_dim": 64,
+                "resnet_time_scale_shift": "scale_shift",
+            },
+            "patch_size": 2,
+            "prediction_type": "v_prediction",
+        },
+        objective={
+            "clip": "",
+            "image_dropout": 0.1,
+            "text_dropout": 0.5,
+            "min_snr_gamma": 0.0,
+            "timestep_shift": 2.0,
+            "bound_weight": 0.001,
+        },
+        optimizer=OptimizerConfig(learning_rate=8e-4, beta_2=0.99, weight_decay=1e-2, warmup_steps=300),
+        run=RunConfig(steps=7500, batch_size=32, ema_decay=0.9985),
+    )
+
+
+def prior() -> Recipe:
+    """The family's prior of DALL-E 2: five layers of width 192; 2.4 million parameters."""
+    return Recipe(
+        name="prior",
+        stage="prior",
+        model={"num_layers": 5, "num_heads": 3, "head_dim": 64, "dropout": 0.0, "embedding_scale": "unit"},
+        objective={"clip": "", "text_dropout": 0.1, "repeats": 8, "statistics_pairs": 2048},
+        optimizer=OptimizerConfig(learning_rate=1e-3, beta_2=0.96, weight_decay=6e-2, epsilon=1e-6, warmup_steps=200),
+        run=RunConfig(steps=4000, batch_size=32, ema_decay=0.998),
+    )
+
+
+def prior_paper() -> Recipe:
+    """The paper's diffusion prior (2204.06125, 2.2 and C): one billion parameters, one scale for all coordinates.
+
+    Its batch was 4,096 pictures, with one noise each, for 600,000 steps; not run here. data.source must name your
+    pictures, objective.clip a trained CLIP.
+    """
+    return Recipe(
+        name="prior-paper",
+        stage="prior",
+        model={"num_layers": 24, "num_heads": 32, "head_dim": 64, "dropout": 0.0, "embedding_scale": "unit"},
+        objective={"clip": "", "text_dropout": 0.1, "repeats": 1, "statistics_pairs": 0},
+        data=DataConfig(size=256),
+        optimizer=OptimizerConfig(learning_rate=1.1e-4, beta_2=0.96, weight_decay=6e-2, epsilon=1e-6, warmup_steps=0),
+        run=RunConfig(steps=600_000, batch_size=64, accumulate=64, ema_decay=0.9999, validate_every=5000),
+    )
+
+
+def upsampler() -> Recipe:
+    """The family's upsampler, 32 to 128 pixels: crops of 64, folded to 32 x 32; 0.8 million parameters.
+
+    One core: about 100 crops/s.
+    """
+    return Recipe(
+        name="upsampler",
+        stage="upsampler",
+        model={
+            "unet_config": {
+                "block_out_channels": [32, 32, 64],
+                "layers_per_block": 1,
+                "down_block_types": ["DownBlock2D"] * 3,
+                "up_block_types": ["UpBlock2D"] * 3,
+                "resnet_time_scale_shift": "scale_shift",
+            },
+            "patch_size": 2,
+            "prediction_type": "sample",
+            "residual": True,
+            # What it will enlarge was drawn by a decoder or a dVAE: now softer than a true picture, now noisier.
+            "corruption": {"kind": "blur", "kernel": 5, "sigma": [0.0, 1.0], "noise": [0.0, 0.03]},
+            "num_inference_steps": 5,
+        },
+        objective={"crop": 64, "min_snr_gamma": 0.0},
+        data=DataConfig(size=128),
+        optimizer=OptimizerConfig(learning_rate=2e-3, beta_2=0.99, weight_decay=1e-2, warmup_steps=200),
+        run=RunConfig(steps=7000, batch_size=32, ema_decay=0.998, validate_every=1000),
+    )
+
+
+def upsampler_paper_1() -> Recipe:
+    """The paper's first upsampler (2204.06125, C): 64 to 256 pixels, 692 million parameters, Gaussian blur.
+
+    Its batch was 1,024 crops for a million steps; not run here. data.source must name your pictures.
+    """
+    return Recipe(
+        name="upsampler-paper-1",
+        stage="upsampler",
+        model={
+            "unet_config": {
+                "block_out_channels": [320, 640, 960, 1280],
+                "layers_per_block": 3,
+                "down_block_types": ["ResnetDownsampleBlock2D"] * 4,
+                "up_block_types": ["ResnetUpsampleBlock2D"] * 4,
+                "dropout": 0.1,
+            },
+            "corruption": {"kind": "blur", "kernel": 3, "sigma": [0.6, 0.6], "noise": [0.0, 0.0]},
+            "num_inference_steps": 27,
+        },
+        objective={"crop": 64, "min_snr_gamma": 0.0},
+        data=DataConfig(size=256),
+        optimizer=OptimizerConfig(learning_rate=1.2e-4, beta_2=0.999, weight_decay=0.0, warmup_steps=0),
+        run=RunConfig(steps=1_000_000, batch_size=32, accumulate=32, ema_decay=0.9999, validate_every=5000),
+    )
+
+
+def upsampler_paper_2() -> Recipe:
+    """The paper's second upsampler (2204.06125, C): 256 to 1,024 pixels, the BSR chain, a linear noise schedule.
+
+    Its batch was 512 crops for a million steps; not run here. data.source must name your pictures.
+    """
+    return Recipe(
+        name="upsampler-paper-2",
+        stage="upsampler",
+        model={
+            "unet_config": {
+                "block_out_channels": [192, 192, 384, 384, 768, 768],
+                "layers_per_block": 2,
+                "down_block_types": ["ResnetDownsampleBlock2D"] * 6,
+                "up_block_types": ["ResnetUpsampleBlock2D"] * 6,
+                "dropout": 0.1,
+            },
+            "beta_schedule": "linear",
+            "corruption": {
+                "kind": "bsr",
+                "kernel": 15,
+                "isotropic": [0.1, 2.8],
+                "anisotropic": [0.5, 4.0],
+                "factor": [0.25, 1.25],
+                "filters": ["area", "bilinear", "bicubic"],
+                "noise": [0.004, 0.1],
+                "grey": 0.5,
+                "quality": [30, 95],
+                "probability": 0.75,
+            },
+            "num_inference_steps": 15,
+        },
+        objective={"crop": 256, "min_snr_gamma": 0.0},
+        data=DataConfig(size=1024),
+        optimizer=OptimizerConfig(learning_rate=1e-4, beta_2=0.999, weight_decay=0.0, warmup_steps=0),
+        run=RunConfig(steps=1_000_000, batch_size=8, accumulate=64, ema_decay=0.9999, validate_every=5000),
+    )
