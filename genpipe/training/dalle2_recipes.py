@@ -39,7 +39,11 @@ def decoder() -> Recipe:
 
 
 def prior() -> Recipe:
-    """The family's prior of DALL-E 2: five layers of width 192; 2.4 million parameters."""
+    """The family's prior of DALL-E 2: five layers of width 192; 2.4 million parameters.
+
+    One core: about 60 pictures/s. Cosine of embeddings sampled in 10 steps without guidance to the true ones, held-out
+    scenes: 0.857 at step 500, where the text embedding itself has 0.840; guidance 2 adds 0.025 at step 1,000.
+    """
     return Recipe(
         name="prior",
         stage="prior",
