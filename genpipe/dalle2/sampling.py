@@ -5,6 +5,7 @@ steps. alpha_bar is 1 where clean and 0 where noise.
 """
 
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,8 +106,10 @@ def denoise(
     Raises InputError for arguments outside these limits, FloatingPointError when a prediction is not finite.
     """
     _check_options(scheduler, num_inference_steps, guidance_interval, dynamic_threshold, clamp)
-    if guidance_scale != 1 and null_predict is None:
-        raise InputError(f"a guidance scale of {guidance_scale} needs a null prediction; only 1 does without.")
+    if not math.isfinite(guidance_scale) or (guidance_scale != 1 and null_predict is None):
+        raise InputError(
+            f"a guidance scale is a number, and {guidance_scale} needs a null prediction; only 1 does without."
+        )
     scheduler = started(scheduler, num_inference_steps, noise.device)
     options = _step_options(scheduler, eta, seeds, len(noise), stream)
     alpha_bars, times = alpha_bars_of(scheduler), times_of(scheduler)

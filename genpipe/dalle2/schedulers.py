@@ -71,9 +71,9 @@ class EvenDDIMScheduler(DDIMScheduler):
         return variance
 
 
-# Name -> class and options. "trailing" spacing starts at the noisiest time step and makes even strides from there. The
-# others start below it (with 5 steps of 1,000 "leading" starts at 800), where the model expects to see something of the
-# picture, but is given noise alone (2305.08891, 3.3). Nothing is clipped here: `denoise` clamps, as each part needs.
+# Name -> class and options. "trailing" spacing starts at the noisiest time step and makes even strides from there.
+# "leading" starts below it (5 steps of 1,000 at 800), where the model expects to see something of the picture, but is
+# given noise alone (2305.08891, 3.3). Nothing is clipped here: `denoise` clamps, as each part needs.
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {"timestep_spacing": "trailing", "clip_sample": False, "variance_type": "fixed_small"}),
     "ddim": (EvenDDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False}),
