@@ -1,36 +1,81 @@
-"""From training runs to a family: the averaged parts of three runs, the words they know, where they come from."""
+"""From training runs to a family: the averaged parts of the runs, the words they know, where they come from."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from genpipe.errors import InputError
-from pipelines.family import PART_CLASSES, save_family
-from pipelines.request import check_sampling
+from pipelines.family import save_family
+from pipelines.family_info import INFO_FILE, PART_CLASSES, PIPELINE_PARTS, check_pipeline, pipelines_of
+from pipelines.settings import sampling_of
 
-RECIPE_OF_PART = {"clip": "clip", "dvae": "dvae", "transformer": "dalle1"}
+RECIPE_OF_PART = {
+    "clip": "clip",
+    "dvae": "dvae",
+    "transformer": "dalle1",
+    "prior": "prior",
+    "decoder": "decoder",
+    "upsampler": "upsampler",
+}
 
 
 def part_folders(runs: Path, given: Mapping[str, Path | None]) -> dict[str, Path]:
-    """The folder of every part: as given, else runs/RECIPE/PART. Raises InputError for one that is not there."""
+    """The folder of every part: as given, else runs/RECIPE/PART where that is there.
+
+    Raises InputError for a given one that is not there, and where the others make no pipeline.
+    """
     folders = {part: given.get(part) or runs / RECIPE_OF_PART[part] / part for part in PART_CLASSES}
-    for part, folder in folders.items():
-        if not folder.is_dir():
-            raise InputError(
-                f"There is no trained {part} in {str(folder)!r}; train one with `genpipe train {RECIPE_OF_PART[part]}` "
-                f"or name its folder with --{part}."
-            )
-    return folders
+    there = {part: folder for part, folder in folders.items() if folder.is_dir()}
+    for part, folder in given.items():
+        if folder is not None and part not in there:
+            raise InputError(f"There is no trained {part} in {str(folder)!r}; name another folder with --{part}.")
+    if not pipelines_of(there):
+        lacking = min(
+            ([part for part in used.required if part not in there] for used in PIPELINE_PARTS.values()), key=len
+        )
+        part = lacking[0]
+        raise InputError(
+            f"There is no trained {part} in {str(folders[part])!r}; train one with `genpipe train "
+            f"{RECIPE_OF_PART[part]}` or name its folder with --{part}."
+        )
+    return there
 
 
-def _run_of(folder: Path) -> dict[str, Any]:
-    """recipe.json of the run that a part lies in, or an empty dictionary."""
-    try:
-        recipe = json.loads((folder.parent / "recipe.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return recipe if isinstance(recipe, dict) else {}
+def parsed_defaults(changes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """PIPELINE.SETTING=VALUE -> pipeline -> settings; values are numbers, true, false or text.
+
+    Raises InputError for texts of another form, and for settings that the pipeline does not have.
+    """
+    defaults: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", change)
+        if match is None:
+            raise InputError(f"{change[:60]!r} is no default; write PIPELINE.SETTING=VALUE, as in dalle2.mode=prior.")
+        pipeline, setting, text = match.groups()
+        check_pipeline(pipeline)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        defaults.setdefault(pipeline, {})[setting] = value
+    for pipeline, settings in defaults.items():
+        sampling_of(pipeline, settings)
+    return defaults
+
+
+def _source_of(folder: Path) -> str:
+    """What a part was trained on: as the recipe of its run says, or the family that it lies in."""
+    for name, keys in (("recipe.json", ("data", "source")), (INFO_FILE, ("trained_on",))):
+        try:
+            found: Any = json.loads((folder.parent / name).read_text(encoding="utf-8"))
+            for key in keys:
+                found = found[key]
+            return str(found)
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return "unknown"
 
 
 def assemble(
@@ -44,7 +89,7 @@ def assemble(
 
     Args:
         folder: where the family goes. folders: part -> folder, see :func:`part_folders`.
-        info: name, license, description, defaults; the native size, the data and the known words are added.
+        info: name, license, description, defaults by pipeline; the native size, the data and the known words are added.
     Raises InputError for parts that cannot be loaded or do not fit one another, and as `save_family` does.
     """
     import importlib
@@ -52,15 +97,20 @@ def assemble(
     from genpipe.data.scenes import known_words
     from genpipe.parts import load_part
     from pipelines.dalle1 import DALLE1Pipeline
+    from pipelines.dalle2 import DALLE2Pipeline
 
-    check_sampling(**info.get("defaults", {}))
+    classes: dict[str, Any] = {"dalle1": DALLE1Pipeline, "dalle2": DALLE2Pipeline}
     parts = {}
-    for part, path in PART_CLASSES.items():
-        module, _, class_name = path.rpartition(".")
+    for part in folders:
+        module, _, class_name = PART_CLASSES[part].rpartition(".")
         parts[part] = load_part(getattr(importlib.import_module(module), class_name), folders[part])
-    DALLE1Pipeline(**parts)  # refuses parts that do not fit one another
-    sources = sorted({str(_run_of(path).get("data", {}).get("source", "unknown")) for path in folders.values()})
-    whole = {**info, "resolution": parts["dvae"].config.resolution, "trained_on": ", ".join(sources)}
+    for name in pipelines_of(parts):  # refuses parts that do not fit one another, and defaults that cannot be used
+        used = PIPELINE_PARTS[name]
+        mine = {part: model for part, model in parts.items() if part in used.required + used.optional}
+        classes[name](**mine, defaults=info.get("defaults", {}).get(name))
+    sources = sorted({_source_of(path) for path in folders.values()})
+    drawing = parts.get("dvae") or parts["decoder"]
+    whole = {**info, "resolution": drawing.config.resolution, "trained_on": ", ".join(sources)}
     if sources == ["scenes"]:
         whole["words"] = known_words()
     save_family(folder, parts, whole, card=card, replace=replace)

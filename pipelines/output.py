@@ -1,14 +1,16 @@
 """The folder that `genpipe generate` writes into: numbered files that never take the place of older ones.
 
-A prompt is never a path: files are 0001-1.png (the best), 0001-2.png, ... and 0001-grid.png, one number per prompt.
+A prompt is never a path: files are 0001-1.png (the best), 0001-2.png, ... and 0001-grid.png, one number per prompt and
+pipeline, and 0002-both.png, named after the second of two, where two pipelines drew the same prompt.
 """
 
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -72,10 +74,31 @@ class OutputFolder:
         if len(images) == 1:
             return SavedPictures(saved, None)
         grid = self._path(number, "grid")
-        scale = max(1, GRID_CELL // images[0].width)
-        picture = make_grid(images, columns=min(GRID_COLUMNS, len(images)), scale=scale)
+        picture = make_grid([_large(image) for image in images], columns=min(GRID_COLUMNS, len(images)))
         save_png(picture, grid, {**recipes[0].to_json(), "pictures": [path.name for path in saved]})
         return SavedPictures(saved, grid)
+
+    def save_beside(
+        self, rows: Mapping[str, tuple[SavedPictures, Sequence[Image.Image]]], recipe: Mapping[str, Any]
+    ) -> Path:
+        """The best pictures of one prompt by each of several pipelines, a row for each, under its name; where they lie.
+
+        rows: pipeline -> its pictures, at least one, as they were saved. recipe: of one of them.
+        """
+        from genpipe.images import make_grid, save_png
+
+        columns = max(min(GRID_COLUMNS, len(images)) for _, images in rows.values())
+        pictures, labels = [], []
+        for name, (_, images) in rows.items():
+            best = [_large(image) for image in images[:columns]]
+            pictures += best + [Image.new("RGB", best[0].size, (255, 255, 255))] * (columns - len(best))
+            labels += [name] * len(best) + [""] * (columns - len(best))
+        names = [path.name for saved, _ in rows.values() for path in saved.pictures]
+        first = [saved.pictures[0] for saved, _ in rows.values()][-1]
+        path = first.with_name(first.name.replace("-1.png", "-both.png"))
+        grid = make_grid(pictures, columns if columns > 1 else len(rows), labels)
+        save_png(grid, path, {**recipe, "pictures": names})
+        return path
 
     def _path(self, number: int, what: str) -> Path:
         return self.folder / f"{number:04d}-{what}.png"
@@ -92,3 +115,9 @@ class OutputFolder:
                 number += 1
             except OSError as error:
                 raise InputError(f"The folder {str(self.folder)!r} cannot be written ({error.strerror}).") from error
+
+
+def _large(image: Image.Image) -> Image.Image:
+    """A small picture enlarged in whole steps, to be seen in a grid."""
+    scale = max(1, GRID_CELL // image.width)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

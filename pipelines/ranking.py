@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
 from genpipe.clip.model import CLIP
@@ -14,9 +13,7 @@ from genpipe.errors import InputError
 from genpipe.images import find_pictures, open_picture, to_unit
 from genpipe.parts import load_part
 from pipelines.family import INFO_FILE, describe_family, load_part_of, shipped_families
-from pipelines.request import check_positive, check_prompts
-
-LARGE_PIXELS = 16_000_000  # beyond this a picture is shrunk by a whole factor before it becomes floats
+from pipelines.request import check_positive, check_prompts, shrink
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def rank_files(
     def pictures() -> Iterator[Tensor]:
         for number, path in enumerate(files, start=1):
             try:
-                pixels = to_unit([_shrink(open_picture(path), max(clip.image_size))])  # 1, 3, H, W
+                pixels = to_unit([shrink(open_picture(path), max(clip.image_size))])  # 1, 3, H, W
             except InputError as error:
                 if path in named:
                     raise
@@ -92,9 +89,3 @@ def rank_files(
     if not readable:
         raise InputError(f"None of the {len(files)} pictures found can be read; the first: {skipped[0][1]}")
     return RankedFiles([(value, readable[index]) for index, value in ranking.pairs], skipped)
-
-
-def _shrink(picture: Image.Image, side: int) -> Image.Image:
-    # A picture of 100 megapixels would be 1.2 GB of floats. Four times CLIP's size is left for the real resize.
-    factor = min(picture.size) // (4 * side)
-    return picture.reduce(factor) if picture.width * picture.height > LARGE_PIXELS and factor > 1 else picture

@@ -4,9 +4,10 @@ A recipe may come from a stranger's file. Its values are checked like anything t
 names is looked up among the shipped ones only: a picture must not make genpipe read a folder or fetch a Hub id.
 """
 
+import hashlib
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,9 +16,7 @@ import genpipe
 from genpipe.errors import InputError
 from pipelines import request
 from pipelines.family import Family, FamilyInfo, check_pipeline, describe_family, shipped_families
-
-if TYPE_CHECKING:
-    from pipelines.dalle1 import Sampling
+from pipelines.settings import PICTURE_MODE, DALLE1Sampling, DALLE2Sampling, sampling_of
 
 MAX_NEIGHBOURS = 4096  # candidates that are drawn along, where a candidate alone does not come out the same
 
@@ -34,10 +33,25 @@ class Recipe:
     score: float
     first_seed: int
     candidates: int
-    settings: dict[str, Any]  # the pipeline's Sampling, field by field
+    settings: dict[str, Any]  # the pipeline's sampling, field by field
     device: str  # kind of device, as torch names it
     threads: int
     version: str
+    image: str | None = None  # identity of the picture whose embedding it was drawn from
+
+    @property
+    def sampling(self) -> Any:
+        """The settings as the pipeline takes them."""
+        return sampling_of(self.pipeline, {"upsample": False, **self.settings})  # old recipes do not mention it
+
+    def check_image(self, image: Image.Image | None) -> None:
+        """Raises InputError unless this is the picture that the recipe was drawn from, or None where there was none."""
+        if self.image is None and image is not None:
+            raise InputError("The picture was drawn from a prompt alone; leave --image out.")
+        if self.image is not None and image is None:
+            raise InputError("The picture was drawn from another picture; give that one with --image.")
+        if image is not None and identity_of(image) != self.image:
+            raise InputError("The picture was drawn from another one than that of --image; give the right one.")
 
     def to_json(self) -> dict[str, Any]:
         """As written into the PNG."""
@@ -50,6 +64,7 @@ class Recipe:
             "score": round(self.score, 6),
             "call": {"first_seed": self.first_seed, "candidates": self.candidates},
             "settings": self.settings,
+            **({"image": self.image} if self.image is not None else {}),
             "machine": {"device": self.device, "threads": self.threads},
         }
 
@@ -72,6 +87,7 @@ class Recipe:
                 device=_text(recipe["machine"]["device"], r"[a-z]{1,20}"),
                 threads=recipe["machine"]["threads"],
                 version=_text(recipe["genpipe"], r"[\w.+-]{1,40}"),
+                image=None if recipe.get("image") is None else _text(recipe["image"], r"[0-9a-f]{64}"),
             )
             read._check()
         except (KeyError, TypeError, ValueError) as error:
@@ -81,12 +97,16 @@ class Recipe:
 
     def _check(self) -> None:
         check_pipeline(self.pipeline)
-        request.check_prompts(self.prompt)
+        if self.image is None or self.prompt != "":
+            request.check_prompts(self.prompt)
         request.check_counts(self.candidates, 1, self.first_seed, None)
         request.check_counts(1, 1, self.seed, None)
         if not 0 <= self.seed - self.first_seed < self.candidates:
             raise InputError("its seed is not one of its call's candidates")
-        request.check_sampling(**self.settings)
+        if not isinstance(self.settings, dict):
+            raise InputError("its settings are no object")
+        if (getattr(self.sampling, "mode", None) == PICTURE_MODE) != (self.image is not None):
+            raise InputError("it tells of a given picture and of none")
         request.check_positive("The number of threads", self.threads)
         if not request.is_finite(self.score):
             raise InputError("its score is not a number")
@@ -104,15 +124,24 @@ def _names(pictures: Any) -> str:
 
 
 def recipe_of_call(
-    family: Family, pipeline: str, sampling: "Sampling", prompt: str, first_seed: int, candidates: int
+    family: Family,
+    pipeline: str,
+    sampling: DALLE1Sampling | DALLE2Sampling,
+    prompt: str,
+    first_seed: int,
+    candidates: int,
+    image: Image.Image | None = None,
 ) -> Recipe:
-    """The recipe of a call's first candidate; `dataclasses.replace` its seed and score for the others."""
+    """The recipe of a call's first candidate; `dataclasses.replace` its seed and score for the others.
+
+    sampling: resolved, see `resolve_sampling` of the pipelines. image: the picture that was given to the call.
+    """
     import torch
 
     return Recipe(
         pipeline=pipeline,
         family=family.name,
-        family_hash=family.hash_of(pipeline),
+        family_hash=family.hash_of(pipeline, bool(sampling.upsample)),
         prompt=prompt,
         seed=first_seed,
         score=0.0,
@@ -122,7 +151,16 @@ def recipe_of_call(
         device=family.pipeline(pipeline).device.type,
         threads=torch.get_num_threads(),
         version=genpipe.__version__,
+        image=None if image is None else identity_of(image),
     )
+
+
+def identity_of(image: Image.Image) -> str:
+    """SHA-256 in hex over size and RGB pixels: the same for any file format that loses nothing."""
+    from genpipe.images import flatten
+
+    pixels = flatten(image)
+    return hashlib.sha256(f"{pixels.width}x{pixels.height} RGB\n".encode() + pixels.tobytes()).hexdigest()
 
 
 def family_of(recipe: Recipe, given: str | None) -> FamilyInfo:
@@ -133,7 +171,8 @@ def family_of(recipe: Recipe, given: str | None) -> FamilyInfo:
             "say where it lies with --family."
         )
     described = describe_family(given or recipe.family)
-    present = described.hash_of(recipe.pipeline)
+    described.check_has(recipe.pipeline)
+    present = described.hash_of(recipe.pipeline, bool(recipe.sampling.upsample))
     if present != recipe.family_hash:
         raise InputError(
             f"The picture was drawn with weights of hash {recipe.family_hash} and those of the family "
@@ -142,19 +181,23 @@ def family_of(recipe: Recipe, given: str | None) -> FamilyInfo:
     return described
 
 
-def redraw(family: Family, recipe: Recipe, original: Image.Image) -> tuple[Image.Image, bool]:
+def redraw(
+    family: Family, recipe: Recipe, original: Image.Image, image: Image.Image | None = None
+) -> tuple[Image.Image, bool]:
     """Draw a recipe's picture again. Returns it, and whether every pixel equals the original's.
+
+    image: the picture that it was drawn from, checked by `Recipe.check_image`.
 
     The candidate is drawn alone first. Matrix products of another batch size may round differently, and now and then
     that moves a token: then the whole call is drawn again as it was.
     """
-    pipeline = family.pipeline(recipe.pipeline)
-    bare = type(pipeline)(**pipeline.components)  # without the family's defaults: the recipe says it all
+    pipeline: Any = family.pipeline(recipe.pipeline)
     attempts = [(recipe.seed, 1)]
     if 1 < recipe.candidates <= MAX_NEIGHBOURS:
         attempts.append((recipe.first_seed, recipe.candidates))
+    extra: dict[str, Any] = {} if image is None else {"image": image}
     for first_seed, candidates in attempts:
-        output = bare(recipe.prompt, num_candidates=candidates, keep=candidates, seed=first_seed, **recipe.settings)
+        output = pipeline(recipe.prompt, candidates, candidates, first_seed, sampling=recipe.sampling, **extra)
         picture = output.images[0][output.seeds[0].index(recipe.seed)]
         if same_pixels(picture, original):
             return picture, True

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import genpipe
-from pipelines.family import PIPELINE_PARTS, FamilyInfo
+from pipelines.family_info import FamilyInfo
 
 LIBRARIES = ("torch", "diffusers", "open_clip_torch", "accelerate", "tokenizers", "safetensors", "gradio")
-SHOWN = ("license", "description", "resolution", "trained_on", "defaults")
+SHOWN = ("license", "description", "resolution", "trained_on")
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
 
@@ -34,8 +34,9 @@ def _describe_family(family: FamilyInfo) -> dict[str, Any]:
         "name": family.name,
         "folder": str(family.folder),
         **{key: family.info[key] for key in SHOWN if key in family.info},
+        "defaults": family.defaults,
         "words": len(family.words) if family.words is not None else None,
-        "hashes": {pipeline: family.hash_of(pipeline) for pipeline in PIPELINE_PARTS},
+        "hashes": {pipeline: family.hash_of(pipeline) for pipeline in family.pipelines},
         "bytes": sum(part["bytes"] for part in parts.values()),
         "parts": parts,
     }
@@ -80,10 +81,12 @@ def as_text(report: dict[str, Any]) -> str:
     lines = [f"genpipe {report['genpipe']}"]
     for family in report["families"]:
         lines += ["", f"family {family['name']}  ({family['bytes'] / 1e6:.1f} MB, {family['folder']})"]
-        lines += [f"  {key:<12} {_flat(family[key])}" for key in SHOWN if key in family]
+        lines += [f"  {key:<12} {' '.join(str(family[key]).split())}" for key in SHOWN if key in family]
         if family["words"] is not None:
             lines.append(f"  {'words':<12} {family['words']}")
-        lines += [f"  {'hash':<12} {pipeline} {value}" for pipeline, value in family["hashes"].items()]
+        for pipeline, value in family["hashes"].items():
+            settings = ", ".join(f"{key} {entry}" for key, entry in family["defaults"].get(pipeline, {}).items())
+            lines += [f"  {pipeline:<12} hash {value}", *([f"  {'':<12} {settings}"] if settings else [])]
         lines += [
             f"  {part:<12} {entry['class']}, {entry['parameters']:,} parameters, "
             f"{'/'.join(entry['stored_as']) or 'no weights'}, {entry['bytes'] / 1e6:.1f} MB"
@@ -93,9 +96,3 @@ def as_text(report: dict[str, Any]) -> str:
         lines += ["", "no family is shipped with this installation"]
     versions = ", ".join(f"{name} {version or 'is missing'}" for name, version in report["versions"].items())
     return "\n".join([*lines, "", f"versions  {versions}", f"devices   {', '.join(report['devices'])}"])
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items())
-    return " ".join(str(value).split())

@@ -8,9 +8,9 @@ import numbers
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a bad request should be 
     from genpipe.tokenizer import TokenBatch
 
 MAX_PROMPT_CHARACTERS = 2000  # more than any text encoder here reads; longer prompts are cut before they cost time
+LARGE_PIXELS = 16_000_000  # beyond this a picture is shrunk by a whole factor before it becomes floats
 MAX_SEED = 2**63 - 1  # what a torch generator takes
 
 
@@ -42,17 +43,14 @@ class GenerationOutput:
 class Progress:
     """Handed to the callback after every step. `preview()` draws the running candidates as far as they have come."""
 
-    finished: int  # candidates that are drawn and scored
+    finished: int  # candidates that are drawn
     total: int  # candidates of the whole call
-    running: int  # candidates that are being drawn now
-    step: int  # steps done for them
+    running: int  # candidates that are being drawn, or upsampled, now
+    step: int  # steps of the stage done for them
     num_steps: int
+    fraction: float  # share of the whole call that is done, in [0, 1]
     preview: Callable[[], list[Image.Image]] = field(repr=False)
-
-    @property
-    def fraction(self) -> float:
-        """Share of the whole call that is done, in [0, 1]."""
-        return (self.finished + self.running * self.step / self.num_steps) / self.total
+    stage: str  # the part that is at work: transformer; prior, decoder; upsampler
 
 
 # Called after every step; returning True stops the call, which then returns what was finished.
@@ -84,14 +82,20 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
 def _check_prompt(prompt: object) -> str:
     if not isinstance(prompt, str):
         raise InputError(f"A prompt must be a string, got {type(prompt).__name__}.")
+    clean = clean_prompt(prompt)
+    if all(unicodedata.category(character) == "Cf" for character in clean):  # also true of nothing at all
+        raise InputError("The prompt is empty; say in a few words what to draw.")
+    return clean
+
+
+def clean_prompt(prompt: str) -> str:
+    """A prompt without control characters, white space around it or doubled. Warns where characters were taken out."""
     spaced = "".join(" " if character.isspace() else character for character in prompt)
     # Cc: control characters; Cs: halves of a surrogate pair, which a terminal passes on for bytes that are not UTF-8.
     kept = "".join(character for character in spaced if unicodedata.category(character) not in ("Cc", "Cs"))
     clean = " ".join(kept.split())
-    if all(unicodedata.category(character) == "Cf" for character in clean):  # also true of nothing at all
-        raise InputError("The prompt is empty; say in a few words what to draw.")
     if kept != spaced:
-        warnings.warn(f"Control characters were taken out of the prompt {brief(clean)}.", stacklevel=4)
+        warnings.warn(f"Control characters were taken out of the prompt {brief(clean)}.", stacklevel=5)
     return clean
 
 
@@ -139,6 +143,36 @@ def warn_of_unknown_words(prompts: Sequence[str], known: Collection[str], family
             f" and {len(unknown) - 10} more" * (len(unknown) > 10)
         )
         warnings.warn(f"The family {family!r} was never trained on {shown}; it draws what it can.", stacklevel=4)
+
+
+def warn_of_cut_prompt(prompt: str, *read: str) -> None:
+    """Warn where what a part read of the prompt is not all of it; `read` holds the beginnings that the parts read."""
+    shortest = min(read, key=len)
+    if shortest != prompt:
+        warnings.warn(
+            f"The prompt has {len(prompt):,} characters and only its beginning was read: {brief(shortest)}.",
+            stacklevel=4,
+        )
+
+
+def warn_of_untrained(components: Mapping[str, Any]) -> None:
+    """One warning that names the parts whose weights were not loaded; None stands for a part that is not there."""
+    fresh = [name for name, part in components.items() if part is not None and not part.config.get("_name_or_path")]
+    if fresh:
+        warnings.warn(
+            f"The weights of {', '.join(fresh)} were not loaded from a folder; "
+            "unless they were trained in this process, the pictures will be noise.",
+            stacklevel=4,
+        )
+
+
+def shrink(picture: Image.Image, side: int) -> Image.Image:
+    """A very large picture made smaller, so far that it can still be resized to `side` without a loss.
+
+    A picture of 100 megapixels would be 1.2 GB of floats. Four times the side is left for the real resize.
+    """
+    factor = min(picture.size) // (4 * side)
+    return picture.reduce(factor) if picture.width * picture.height > LARGE_PIXELS and factor > 1 else picture
 
 
 def check_counts(num_candidates: int, keep: int, seed: int, chunk_size: int | None) -> None:

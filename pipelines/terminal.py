@@ -5,13 +5,15 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+INTERRUPTED = 130  # what a shell expects of a command that Ctrl-C ended
 
 
 def say(kind: str, message: object) -> None:
@@ -59,6 +61,16 @@ def progress_bar(what: str, total: float | None = None) -> "Iterator[tqdm]":
     layout = "{l_bar}{bar}| {elapsed} < {remaining}"
     with tqdm(total=total, desc=what, file=sys.stderr, disable=None, leave=False, bar_format=layout) as bar:
         yield bar
+
+
+def moving(bar: "tqdm") -> Callable[[float, float], None]:
+    """What a long work calls with how much of it is done, and how much there is: it moves the bar."""
+
+    def move(done: float, total: float) -> None:
+        bar.total, bar.n = total, done
+        bar.refresh()
+
+    return move
 
 
 class Interrupt:

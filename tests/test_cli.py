@@ -17,12 +17,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from conftest import TINY_INFO, all_tiny_parts
 from PIL import Image, PngImagePlugin
 
 import genpipe
+from genpipe.dalle2.sampling import SCHEDULERS
 from genpipe.images import read_recipe, save_png
+from genpipe.parts import save_part
+from pipelines.assembly import RECIPE_OF_PART
 from pipelines.cli import main
-from pipelines.family import describe_family
+from pipelines.family import PART_CLASSES, describe_family, save_family
+from pipelines.settings import MODES, DALLE2Sampling
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,9 @@ def test_generate_writes_the_best_pictures_with_their_recipes(run: Run, tiny_fol
     assert len({recipe["seed"] for recipe in recipes}) == 4
     first = recipes[0]
     assert first["prompt"] == "a cat on a red background" and first["genpipe"] == genpipe.__version__
-    assert first["family"] == {"name": "tiny", "hash": describe_family(tiny_folder).hash_of("dalle1")}
-    assert first["settings"] == {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 2.0}
+    assert first["family"] == {"name": "tiny", "hash": describe_family(tiny_folder).hash_of("dalle1", upsampled=False)}
+    plain = {"temperature": 1.0, "top_k": None, "top_p": None, "upsample": False, "upsampler_steps": None}
+    assert first["settings"] == {**plain, "guidance_scale": 2.0}
     assert read_recipe(Path("genpipe-out/0001-grid.png"))["pictures"] == names[:4]
     assert Image.open("genpipe-out/0001-1.png").size == (16, 16)
     assert Image.open("genpipe-out/0001-grid.png").width > 4 * 128
@@ -101,6 +108,94 @@ def test_generate_as_json_prints_one_document_and_never_replaces_a_file(run: Run
     assert drawn["seed"] in (9, 10) and drawn["seed"] == first["results"][0]["pictures"][0]["seed"]
     assert second["settings"]["guidance_scale"] == 1.0 and second["settings"]["top_k"] == 5
     assert sorted(path.name for path in Path("here").iterdir()) == ["0001-1.png", "0002-1.png"]
+
+
+def test_generate_with_dalle2_takes_its_own_flags(run: Run, tiny_folder: Path) -> None:
+    command = ["generate", "a cat", "--family", tiny_folder, "--pipeline", "dalle2", "--candidates", 2, "--keep", 1]
+    flags = ["--steps", 3, "--guidance", 2, "--negative", " two  dogs", "--scheduler", "ddim", "--prior-guidance", 3]
+    document = json.loads(run(*command, *flags, "--mode", "text", "--json").out)
+    expected = {
+        "num_inference_steps": 3, "guidance_scale": 2.0, "negative_prompt": "two dogs", "scheduler": "ddim",
+        "prior_guidance_scale": 3.0, "mode": "text", "upsample": True, "upsampler_steps": 2,
+    }  # fmt: skip
+    assert document["pipeline"] == "dalle2" and document["complete"]
+    assert expected.items() <= document["settings"].items()
+    described = describe_family(tiny_folder)
+    assert document["family"] == {"name": "tiny", "hash": described.hash_of("dalle2")}
+    recipe = read_recipe("genpipe-out/0001-1.png")
+    assert recipe["settings"] == document["settings"] and recipe["pipeline"] == "dalle2" and "image" not in recipe
+    assert Image.open("genpipe-out/0001-1.png").size == (32, 32)
+    small = json.loads(run(*command, "--no-upsample", "--json").out)
+    assert small["settings"]["mode"] == "prior" and Image.open("genpipe-out/0002-1.png").size == (16, 16)
+    assert small["family"]["hash"] == described.hash_of("dalle2", upsampled=False)
+
+
+def test_both_pipelines_draw_the_same_prompts_side_by_side(run: Run, tiny_folder: Path) -> None:
+    command = ["generate", "a cat", "two dogs", "--family", tiny_folder, "--pipeline", "both", "--candidates", 3]
+    command += ["--keep", 2, "--top-k", 9, "--mode", "caption", "--guidance", 1.5]
+    result = run(*command)
+    assert result.code == 0 and result.err == ""
+    assert "a cat  (dalle1)" in result.out and "a cat  (dalle2)" in result.out
+    names = [f"000{number}-{what}.png" for number in (1, 2, 3, 4) for what in (1, 2, "grid")]
+    names += ["0002-both.png", "0004-both.png"]
+    assert sorted(path.name for path in Path("genpipe-out").iterdir()) == sorted(names)
+    assert all(f"genpipe-out/{name}" in result.out for name in names)
+    recipes = [read_recipe(f"genpipe-out/000{number}-1.png") for number in (1, 2, 3, 4)]
+    assert [(recipe["prompt"], recipe["pipeline"]) for recipe in recipes] == [
+        (prompt, pipeline) for prompt in ("a cat", "two dogs") for pipeline in ("dalle1", "dalle2")
+    ]
+    assert recipes[0]["settings"]["top_k"] == 9 and recipes[1]["settings"]["mode"] == "caption"
+    assert recipes[0]["settings"]["guidance_scale"] == recipes[1]["settings"]["guidance_scale"] == 1.5
+    beside = np.asarray(Image.open("genpipe-out/0002-both.png"))
+    for column, (top, below) in enumerate(zip(*(
+        [np.asarray(Image.open(f"genpipe-out/000{number}-{rank}.png")) for rank in (1, 2)] for number in (1, 2)
+    ), strict=True)):  # fmt: skip
+        left = 2 + column * 130
+        assert np.array_equal(beside[2:130:8, left : left + 128 : 8], top)
+        lower = beside.shape[0] - 2 - 15 - 128
+        assert np.array_equal(beside[lower : lower + 128 : 4, left : left + 128 : 4], below)
+    assert "0001-1.png, 0001-2.png, 0002-1.png" in refused(run("reproduce", "genpipe-out/0002-both.png"))
+
+    document = json.loads(run(*command, "--json").out)
+    assert [each["pipeline"] for each in document["pipelines"]] == ["dalle1", "dalle2"]
+    assert [each["prompt"] for each in document["pipelines"][1]["results"]] == ["a cat", "two dogs"]
+    assert [Path(each["path"]).name for each in document["side_by_side"]] == ["0006-both.png", "0008-both.png"]
+
+
+def test_variations_of_a_picture(run: Run, tiny_folder: Path) -> None:
+    original = picture(Path("given.png"), side=50)
+    command = ["generate", "--family", tiny_folder, "--pipeline", "dalle2", "--candidates", 3, "--keep", 1]
+    result = run(*command, "--image", original)
+    assert result.code == 0 and "the given picture  (dalle2)" in result.out
+    recipe = read_recipe("genpipe-out/0001-1.png")
+    assert recipe["prompt"] == "" and recipe["settings"]["mode"] == "image" and len(recipe["image"]) == 64
+    run(*command, "a cat", "--image", original)
+    assert read_recipe("genpipe-out/0002-1.png")["prompt"] == "a cat"
+
+    Image.open(original).save("given.bmp")  # the same pixels
+    for number in (1, 2):
+        again = run("reproduce", f"genpipe-out/000{number}-1.png", "--family", tiny_folder, "--image", "given.bmp")
+        assert again.code == 0 and "identical" in again.out
+    reproduce = ["reproduce", "genpipe-out/0001-1.png", "--family", tiny_folder]
+    assert "give that one with --image" in refused(run(*reproduce))
+    other = picture(Path("other.png"), side=50, colour=(1, 2, 3))
+    assert "another one than that of --image" in refused(run(*reproduce, "--image", other))
+    assert "belongs to dalle2 alone" in refused(run("generate", "a cat", "--family", tiny_folder, "--image", original))
+    assert "missing.png" in refused(run(*command, "--image", "missing.png"))
+
+
+@pytest.mark.parametrize("parts", [["dvae", "transformer"], ["decoder"]])
+def test_generate_draws_with_what_the_family_has(run: Run, tmp_path: Path, parts: list[str]) -> None:
+    every = all_tiny_parts()
+    info = {**TINY_INFO, "defaults": {"dalle2": {"num_inference_steps": 1}}}
+    save_family(tmp_path / "some", {part: every[part] for part in ["clip", *parts]}, info)
+    result = run("generate", "a cat", "--family", tmp_path / "some", "--candidates", 1, "--json")
+    present, absent = ("dalle1", "dalle2") if "dvae" in parts else ("dalle2", "dalle1")
+    assert json.loads(result.out)["pipeline"] == present
+    for pipeline in (absent, "both"):
+        complaint = refused(run("generate", "a cat", "--family", tmp_path / "some", "--pipeline", pipeline))
+        assert f"which {absent} needs; choose {present}" in complaint
+    assert "no upsampler" in refused(run("generate", "a cat", "--family", tmp_path / "some", "--upsample"))
 
 
 def test_a_prompt_is_never_a_path_and_strange_characters_still_draw(run: Run, tiny_folder: Path) -> None:
@@ -134,12 +229,24 @@ def test_a_prompt_of_10000_characters_is_cut_with_one_warning(run: Run, tiny_fol
         (["a cat", "--guidance", "-1"], "guidance scale must be"),
         (["a cat", "--guidance", "nan"], "guidance scale must be"),
         (["a cat", "--guidance", "much"], "--guidance"),
-        (["a cat", "--pipeline", "dalle9"], "choose from dalle1"),
+        (["a cat", "--pipeline", "dalle9"], "choose from dalle1, dalle2, both"),
+        (["a cat", "--pipeline", "dalle2", "--top-k", 3], "--top-k belongs to dalle1, not to dalle2"),
+        (["a cat", "--steps", 3], "--steps belongs to dalle2, not to dalle1"),
+        (["a cat", "--mode", "caption"], "--mode belongs to dalle2"),
+        (["a cat", "--pipeline", "dalle2", "--mode", "magic"], "choose from prior, caption, text"),
+        (["a cat", "--pipeline", "dalle2", "--mode", "image"], "needs a picture"),
+        (["a cat", "--pipeline", "dalle2", "--steps", 0], "number of steps must be"),
+        (["a cat", "--pipeline", "dalle2", "--steps", 5000], "from 1 to 1000"),
+        (["a cat", "--pipeline", "dalle2", "--scheduler", "magic"], "no scheduler 'magic'; choose from ddpm, "),
+        (["a cat", "--pipeline", "dalle2", "--prior-guidance", -1], "guidance scale must be"),
+        (["a cat", "--pipeline", "both", "--image", "file"], "--image belongs to dalle2 alone"),
+        (["a cat", "--pipeline", "dalle2", "--image", "file"], "'file'"),
+        (["--pipeline", "dalle2"], "No prompt was given"),
         (["a cat", "--family", "nope"], "no family 'nope'"),
         (["a cat", "--device", "abacus"], "choose from auto, "),
         (["a cat", "--out", "file/below"], "'file/below' cannot be written"),
         (["a cat", "--sed", 3], "genpipe generate --help"),
-        ([], "PROMPTS"),
+        ([], "No prompt was given"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_is_written(
@@ -156,6 +263,25 @@ def test_a_damaged_family_leaves_no_folder_behind(run: Run, tiny_copy: Path) -> 
     weights.write_bytes(weights.read_bytes()[:-1])
     assert "truncated" in refused(run("generate", "a cat", "--family", tiny_copy))
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_weights_that_are_not_numbers_end_in_one_line_that_names_stage_and_step(run: Run, tmp_path: Path) -> None:
+    parts = all_tiny_parts()
+    with torch.no_grad():
+        parts["decoder"].unet.conv_out.bias.fill_(float("nan"))
+    save_family(tmp_path / "broken", {part: parts[part] for part in ("clip", "decoder")}, {**TINY_INFO, "defaults": {}})
+    result = run("generate", "a cat", "--family", tmp_path / "broken", "--steps", 3)
+    assert result.code == 1 and result.out == "" and result.err.count("\n") == 1
+    assert result.err.startswith("error: the decoder's output is not finite at step 1 of 3")
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_the_help_names_every_scheduler_and_mode(run: Run) -> None:
+    shown = " ".join(run("generate", "--help").out.replace("│", " ").split())
+    plain = DALLE2Sampling()
+    assert {plain.scheduler, plain.prior_scheduler} <= set(SCHEDULERS)
+    assert f"dalle2: {', '.join(list(SCHEDULERS)[:-1])} or {list(SCHEDULERS)[-1]}." in shown
+    assert all(f"{mode}:" in shown or f"{mode};" in shown for mode in MODES)
 
 
 @contextmanager
@@ -217,6 +343,28 @@ def test_reproduce_draws_every_pixel_again(run: Run, tiny_folder: Path, drawn: P
     assert result.code == 1 and "different" in result.out
 
 
+@pytest.mark.parametrize("flags", [["--mode", "prior", "--negative", "dogs"], ["--scheduler", "ddpm"]])
+def test_reproduce_draws_dalle2s_pictures_again(run: Run, tiny_folder: Path, flags: list[str]) -> None:
+    command = ["generate", "a cat on a red background", "--family", tiny_folder, "--pipeline", "dalle2", "--seed", 3]
+    run(*command, "--candidates", 6, "--keep", 2, *flags)
+    result = run("reproduce", "genpipe-out/0001-2.png", "--family", tiny_folder)
+    assert result.code == 0 and "identical" in result.out
+    recipe = read_recipe("genpipe-out/0001-2.png")
+    recipe["settings"]["guidance_scale"] = 7.0
+    save_png(Image.open("genpipe-out/0001-2.png"), "changed.png", recipe)
+    assert run("reproduce", "changed.png", "--family", tiny_folder).code == 1
+
+
+def test_recipes_from_before_there_were_upsamplers_still_hold(run: Run, tiny_folder: Path, drawn: Path) -> None:
+    recipe = read_recipe(drawn)
+    recipe["settings"] = {
+        name: recipe["settings"][name] for name in ("temperature", "top_k", "top_p", "guidance_scale")
+    }
+    save_png(Image.open(drawn), "old.png", recipe)
+    result = run("reproduce", "old.png", "--family", tiny_folder)
+    assert result.code == 0 and "identical" in result.out
+
+
 def test_reproduce_refuses_other_weights_and_families_it_cannot_know(run: Run, tiny_copy: Path, drawn: Path) -> None:
     assert "say where it lies with --family" in refused(run("reproduce", drawn))
     information = json.loads((tiny_copy / "family.json").read_text())
@@ -245,6 +393,9 @@ def test_reproduce_refuses_other_weights_and_families_it_cannot_know(run: Run, t
         {"call": {"first_seed": 4, "candidates": 0}},
         {"call": {"first_seed": 2**64, "candidates": 1}},
         {"settings": {"temperature": -1}},
+        {"pipeline": "dalle2", "settings": {"mode": "image"}},
+        {"image": "0" * 64},
+        {"image": "../../etc"},
         {"settings": {"temperature": 1.0, "callback": "os.system"}},
         {"settings": [1]},
         {"machine": {"device": "cuda; rm", "threads": 1}},
@@ -358,6 +509,57 @@ def test_rerank_refuses_in_one_sentence(run: Run, tiny_folder: Path, arguments: 
     Path("empty").mkdir()
     clip = [] if "--clip" in arguments else ["--clip", tiny_folder]
     assert complaint in refused(run("rerank", *arguments, *clip))
+
+
+# assemble -------------------------------------------------------------------------------------------------------------
+
+
+def put_runs(parts: list[str]) -> None:
+    """Folders as `genpipe train` leaves them."""
+    every = all_tiny_parts()
+    for part in parts:
+        run_folder = Path("runs") / RECIPE_OF_PART[part]
+        save_part(every[part], run_folder / part)
+        (run_folder / "recipe.json").write_text(json.dumps({"data": {"source": "pictures"}}))
+
+
+@pytest.mark.parametrize(
+    ("parts", "pipelines"),
+    [
+        (["clip", "dvae", "transformer"], ["dalle1"]),
+        (["clip", "decoder"], ["dalle2"]),
+        (["clip", "dvae", "transformer", "prior", "decoder", "upsampler"], ["dalle1", "dalle2"]),
+        (["clip", "dvae", "decoder"], ["dalle2"]),
+    ],
+)
+def test_assemble_makes_a_family_of_what_is_there(run: Run, parts: list[str], pipelines: list[str]) -> None:
+    put_runs(parts)
+    command = ["assemble", "mine", "--default", "dalle2.num_inference_steps=1", "--default", "dalle2.scheduler=ddim"]
+    assert run(*command, "--guidance", 1.5).code == 0
+    described = describe_family("mine")
+    assert (described.parts, described.pipelines, described.name) == (
+        [part for part in PART_CLASSES if part in parts], pipelines, "mine",
+    )  # fmt: skip
+    assert described.defaults["dalle2"] == {"num_inference_steps": 1, "scheduler": "ddim"}
+    assert described.info["trained_on"] == "pictures" and described.info["resolution"] == 16
+    if "dalle1" in pipelines:
+        assert described.defaults["dalle1"]["guidance_scale"] == 1.5
+    assert run("generate", "a cat", "--family", "mine", "--pipeline", pipelines[-1], "--candidates", 1).code == 0
+
+
+def test_assemble_takes_parts_of_another_family_and_refuses_in_one_sentence(run: Run, tiny_folder: Path) -> None:
+    put_runs(["decoder"])
+    assert "no trained clip in 'runs/clip/clip'; train one with `genpipe train clip`" in refused(
+        run("assemble", "mine")
+    )
+    assert "no trained clip in 'nowhere'" in refused(run("assemble", "mine", "--clip", "nowhere"))
+    taken = ["--clip", tiny_folder / "clip", "--prior", tiny_folder / "prior"]
+    for wrong in ("steps", "dalle2.steps=3", "dalle2.scheduler=magic", "dalle9.mode=text", "dalle2.eta=7"):
+        refused(run("assemble", "mine", *taken, "--default", wrong))
+    assert not Path("mine").exists()
+    assert run("assemble", "mine", *taken).code == 0
+    assert describe_family("mine").info["trained_on"] == "pictures, unknown"  # the tiny family does not say
+    assert describe_family("mine").parts == ["clip", "prior", "decoder"]
 
 
 # train, info, and the command as a whole ------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from conftest import tiny_dvae, tiny_parts
 from genpipe.clip.rerank import score
 from genpipe.errors import InputError
 from genpipe.images import to_unit
-from pipelines.dalle1 import Block, DALLE1Pipeline, blocks
+from pipelines.candidates import Block, blocks
+from pipelines.dalle1 import DALLE1Pipeline
 from pipelines.family import Family
 from pipelines.request import Progress, check_prompts, shorten, unknown_words
 
@@ -62,7 +63,7 @@ def test_prompts_seeds_and_guidance_reach_the_picture(tiny_family: Family) -> No
 def test_the_familys_defaults_hold_until_a_call_says_otherwise(tiny_family: Family) -> None:
     pipeline = tiny_family.dalle1
     assert pipeline.resolve_sampling().guidance_scale == 2.0  # TINY_INFO
-    assert pipeline.resolve_sampling(guidance_scale=0.0, top_k=3).guidance_scale == 0.0
+    assert pipeline.resolve_sampling({"guidance_scale": 0.0, "top_k": 3}).guidance_scale == 0.0
     default = pipeline(PROMPTS[0], num_candidates=2, keep=2)
     same = pipeline(PROMPTS[0], num_candidates=2, keep=2, guidance_scale=2.0, temperature=1.0)
     other = pipeline(PROMPTS[0], num_candidates=2, keep=2, guidance_scale=1.0)
@@ -84,7 +85,7 @@ def test_nothing_given_is_changed(tiny_family: Family) -> None:
 def test_saved_and_loaded_by_diffusers_it_draws_the_same(tiny_family: Family, tmp_path: Path) -> None:
     tiny_family.dalle1.save_pretrained(tmp_path)
     loaded = DALLE1Pipeline.from_pretrained(tmp_path)
-    assert dict(loaded.config.defaults) == {"guidance_scale": 2.0}
+    assert dict(loaded.config.defaults) == {"guidance_scale": 2.0, "upsample": False}
     assert list(loaded.config.known_words) == tiny_family.words
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -201,6 +202,26 @@ def test_the_callback_sees_progress_and_previews_and_can_stop(tiny_family: Famil
     assert [len(images) for images in stopped.images] == [4, 0]
 
 
+def test_the_shared_upsampler_enlarges_what_is_kept_and_only_that(tiny_family: Family) -> None:
+    pipeline = tiny_family.dalle1
+    sampling = pipeline.resolve_sampling({"upsample": True})
+    assert sampling.upsampler_steps == 2 and pipeline.resolve_sampling().upsampler_steps is None
+    seen: list[Progress] = []
+    small = pipeline(PROMPTS[0], num_candidates=5, keep=2)
+    large = pipeline(PROMPTS[0], num_candidates=5, keep=2, sampling=sampling, callback=seen.append)
+    assert (large.seeds, large.scores) == (small.seeds, small.scores)
+    assert {image.size for image in large.images[0]} == {(32, 32)}
+    for little, big in zip(arrays(small.images[0]), arrays(large.images[0]), strict=True):
+        assert np.abs(little.mean(axis=(0, 1)) - big.mean(axis=(0, 1))).max() < 2
+    assert [each.stage for each in seen] == ["transformer"] * 16 + ["upsampler"] * 4
+    fractions = [each.fraction for each in seen]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0
+    without = DALLE1Pipeline(pipeline.clip, pipeline.dvae, pipeline.transformer)
+    assert without.resolve_sampling().upsample is False
+    with pytest.raises(InputError, match="no upsampler"):
+        without(PROMPTS[0], sampling=sampling)
+
+
 def test_candidates_are_split_into_blocks_that_cover_each_once() -> None:
     for prompts, candidates, rows in [(1, 16, 5), (3, 4, 9), (5, 1, 2), (2, 7, 1), (2, 3, 100)]:
         covered = [
@@ -208,7 +229,10 @@ def test_candidates_are_split_into_blocks_that_cover_each_once() -> None:
         ]
         assert sorted(covered) == [(p, c) for p in range(prompts) for c in range(candidates)]
         assert max(len(block) for block in blocks(prompts, candidates, rows)) <= rows
-    halves = Block(range(2, 3), range(4, 9)).halves()
+    assert {block.together for block in blocks(3, 7, 8, together=4)} == {4}
+    assert {block.together for block in blocks(3, 7, 2, together=4)} == {2}  # never more rows than were asked for
+    halves = Block(range(2, 3), range(4, 9), together=4).halves()
+    assert [half.together for half in halves] == [2, 2]
     assert [(half.prompts, half.candidates) for half in halves] == [
         (range(2, 3), range(4, 6)),
         (range(2, 3), range(6, 9)),
@@ -227,7 +251,7 @@ def test_a_block_is_halved_when_memory_runs_out(tiny_family: Family) -> None:
                 raise torch.OutOfMemoryError("no room")
             return super().sample_tokens(encoded, block, *arguments)
 
-    small = Small(**tiny_family.dalle1.components, defaults=tiny_family.defaults)
+    small = Small(**tiny_family.dalle1.components, defaults=tiny_family.defaults["dalle1"])
     output = small(PROMPTS, num_candidates=5, keep=5)
     expected = tiny_family.dalle1(PROMPTS, num_candidates=5, keep=5)
     assert Small.sizes[0] == 10 and max(Small.sizes[-2:]) <= 3

@@ -28,9 +28,7 @@ def cumulative_alphas(beta_schedule: str, num_train_timesteps: int) -> Tensor:
         raise InputError(f"there is no noise schedule {beta_schedule!r}; try squaredcos_cap_v2.") from error
 
 
-def stratified_timesteps(
-    rows: int, num_train_timesteps: int, generator: torch.Generator, shift: float = 1.0
-) -> Tensor:
+def stratified_timesteps(rows: int, num_train_timesteps: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
     """Time steps (B,), each uniform in [0, T), spread evenly over the batch: the loss of a batch varies less.
 
     shift: s in u -> s u / (1 + (s - 1) u) for u in [0, 1) (2403.03206, 5.3.2): above 1, noisy steps come s times as

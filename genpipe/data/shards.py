@@ -41,7 +41,7 @@ class Shards:
     neighbour would put the same pair twice into one contrastive batch).
 
     `embeddings`: where the CLIP embeddings of the pictures are stored; `examples` then gives each with its pair, joined
-    by key, and a pair without one counts as broken.
+    by key, and in the stream a pair without one counts as broken.
 
     `once` reads every sound pair a single time in file order, for evaluation and checks. Raises InputError for missing
     files and, when reading, where no sample at all can be read.

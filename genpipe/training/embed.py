@@ -94,7 +94,7 @@ def embed(
     if model.training:
         raise InputError("The CLIP is in training mode, in which embeddings may be random; call its eval() first.")
     stored = StoredEmbeddings(None if out is None else Path(out), weights_identity(model))
-    _check_targets(paths, stored)
+    _check_names(paths, stored)
     embedder = _Embedder(model, batch_size)
     report, written = Report(), 0
     for number, path in enumerate(paths):
@@ -127,12 +127,15 @@ def finished(shard: Path, stored: StoredEmbeddings) -> EmbeddingsHeader | None:
     return header
 
 
-def _check_targets(paths: list[Path], stored: StoredEmbeddings) -> None:
-    """Refuse, before CLIP works, folders that cannot be written and shards whose embeddings would have one name."""
-    for folder in {stored.files(path)[0].parent for path in paths}:
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise InputError(f"The folder {str(folder)!r} cannot be written; choose another with --out.")
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before CLIP works for nothing."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(f"The folder {str(folder)!r} cannot be written; choose another with --out.")
+
+
+def _check_names(paths: list[Path], stored: StoredEmbeddings) -> None:
+    """Refuse shards whose embeddings would have one name."""
     names: dict[Path, Path] = {}
     for path in paths:
         other = names.setdefault(stored.files(path)[0].absolute(), path)
@@ -184,6 +187,7 @@ class _Embedder:
 
 def _embed_shard(shard: Path, embedder: _Embedder, stored: StoredEmbeddings, follow: Callable[[float], None]) -> Report:
     """Embed one shard and write its files; counts of embeddings and of broken samples."""
+    _check_folder(stored.files(shard)[0].parent)
     with _complaining(shard):
         before, digest = shard.stat(), sha256_of(shard)
     index = index_shard(shard)

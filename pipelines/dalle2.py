@@ -1,0 +1,298 @@
+"""DALL-E 2 put together (2204.06125, 2): caption -> prior -> decoder -> upsampler, the best of many by CLIP.
+
+Legend: B prompts, P of them in a block, n candidates per prompt, R rows of a block, L text positions, D CLIP width, W
+width of its text states, H W pixels.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from genpipe.clip.model import CLIP
+from genpipe.dalle2.decoder import Decoder, DecoderCondition
+from genpipe.dalle2.prior import Prior, sample
+from genpipe.dalle2.sampling import DECODER, Step, denoise, noise_of, scheduler_for
+from genpipe.dalle2.upsampler import Upsampler
+from genpipe.errors import InputError
+from genpipe.images import signed_to_unit
+from pipelines import request
+from pipelines.candidates import (
+    Best,
+    Block,
+    Tracker,
+    as_pictures,
+    blocks,
+    enlarged,
+    grey,
+    in_blocks,
+    upsampled,
+)
+from pipelines.encoding import EncodedPrompts, check_fit, encode_prompts
+from pipelines.request import Callback, GenerationOutput
+from pipelines.settings import MODES, PICTURE_MODE, DALLE2Sampling, resolved, sampling_of, upsampling_of
+
+# Rows of a batch that is filled up where it is not full, so that a candidate is the same whatever ran beside it. On a
+# processor also the size of a block: larger ones are no faster there.
+ROWS_TOGETHER = 4
+ACCELERATOR_PIXELS = 64 * 64 * 64  # of a block elsewhere: 64 rows of 64 x 64 pixels; halved where memory runs out
+PRIOR_SHARE, DECODER_SHARE = 0.05, 0.5  # of drawing a candidate; the latter where it is upsampled before it is ranked
+
+# What the steps of a call report to: stage, what part of the drawing it is (from, to), the step that was done
+Report = Callable[[str, tuple[float, float], Step], None]
+
+
+class DALLE2Pipeline(DiffusionPipeline):
+    """Prompts -> pictures, best first.
+
+    Args:
+        clip, decoder: the learned parts that every drawing needs; the decoder must have been trained beside this CLIP.
+        prior: makes image embeddings from captions, trained beside the same CLIP; None: only the modes without it.
+        upsampler: enlarges pictures, the same part as DALL-E 1's; None: they stay as they are.
+        defaults: settings by name, fields of DALLE2Sampling, to use where a call leaves them out.
+        family: name of the family the parts belong to, for messages.
+        known_words: all words, lower case, of the captions that the parts were trained on; words of a prompt that are
+            not among them are warned about. None: no warning.
+
+    Pictures are ranked before they are upsampled where CLIP sees no more pixels than the decoder draws, so that only
+    those that are kept need to be upsampled; otherwise all are upsampled first.
+
+    Raises InputError where the parts do not fit one another.
+    """
+
+    _optional_components = ["prior", "upsampler"]
+
+    def __init__(
+        self,
+        clip: CLIP,
+        decoder: Decoder,
+        prior: Prior | None = None,
+        upsampler: Upsampler | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        family: str = "",
+        known_words: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        check_fit(clip, decoder, prior)
+        sampling_of("dalle2", defaults or {})
+        self.register_modules(clip=clip, decoder=decoder, prior=prior, upsampler=upsampler)
+        self.register_to_config(
+            defaults=dict(defaults or {}),
+            family=family,
+            known_words=None if known_words is None else list(known_words),
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        num_candidates: int = 16,
+        keep: int = 4,
+        seed: int = 0,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        negative_prompt: str | None = None,
+        mode: str | None = None,
+        image: Image.Image | None = None,
+        sampling: DALLE2Sampling | None = None,
+        chunk_size: int | None = None,
+        callback: Callback | None = None,
+    ) -> GenerationOutput:
+        """Draw `num_candidates` pictures per prompt and return the best `keep` of each.
+
+        Args:
+            prompts: one or several; text beyond what CLIP reads is cut, with a warning. None with an `image` alone.
+            seed: of the first candidate of every prompt; candidate i has seed + i and is the same picture whatever
+                was drawn beside it.
+            guidance_scale, num_inference_steps: of the decoder; None takes the pipeline's default. Guidance 1 is the
+                conditional prediction alone.
+            negative_prompt: what the pictures should be led away from.
+            mode: where the image embedding comes from: "prior", "caption", "text"; see DALLE2Sampling.
+            image: a picture whose embedding takes the prior's place. Without a prompt the text is dropped, as for the
+                paper's variations (3.1), and the scores compare with this picture.
+            sampling: all settings at once, in place of the defaults; see `resolve_sampling`.
+            chunk_size: candidates drawn at once; None chooses. Halved when memory runs out.
+            callback: called with a `Progress` after every step; stops the call by returning True.
+        Raises InputError for empty prompts and numbers out of range, FloatingPointError that names part and step where
+            a part's output is not finite.
+        """
+        request.check_counts(num_candidates, keep, seed, chunk_size)
+        given = {
+            "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps,
+            "negative_prompt": negative_prompt, "mode": mode,
+        }  # fmt: skip
+        sampling = self.resolve_sampling(given, sampling, image)
+        prompts = [""] if image is not None and not prompts else request.check_prompts(prompts or [])
+        self.warn([*prompts, sampling.negative_prompt])
+        encoded = self.encode_prompts(prompts, sampling.negative_prompt, image)
+
+        first = self.upsamples_first(sampling)
+        best = Best(self.clip, encoded.ranked_by, keep, seed)
+        tracker = Tracker(callback, len(prompts) * num_candidates, bool(sampling.upsample) and not first)
+
+        def draw(block: Block, finished: int) -> None:
+            report = self.reporter(tracker, block, finished)
+            embedding = self.image_embeddings(encoded, block, seed, sampling, report)  # P, n, D, or None
+            pixels = self.decode(encoded, embedding, block, seed, sampling, report)  # P, n, 3, H, W
+            best.rank(block, self.upsample(pixels, block, seed, sampling, report) if first else pixels)
+
+        rows = chunk_size or self.rows_at_once()
+        complete = in_blocks(draw, blocks(len(prompts), num_candidates, rows, ROWS_TOGETHER))
+        output = best.output(prompts, complete)
+        if sampling.upsample and not first:
+            output = upsampled(output, self.upsampler, sampling.upsampler_steps, tracker)
+        return output
+
+    def resolve_sampling(
+        self,
+        given: Mapping[str, Any] | None = None,
+        sampling: DALLE2Sampling | None = None,
+        image: Image.Image | None = None,
+    ) -> DALLE2Sampling:
+        """What a call uses: settings that are given by name, the rest as in `sampling`, or without one the defaults.
+
+        Raises InputError for numbers out of range, unknown names, parts that are asked for and not there, and a mode
+        that does not go with the `image` of the call.
+        """
+        asked = (given or {}).get("mode") or (sampling.mode if sampling is not None else None)
+        result = resolved("dalle2", given or {}, sampling, self.config.defaults)
+        if image is not None and asked not in (None, PICTURE_MODE):
+            raise InputError(f"A given picture takes the place of the prior; leave the mode {asked!r} out.")
+        mode = PICTURE_MODE if image is not None else result.mode or ("text" if self.prior is None else "prior")
+        if mode == PICTURE_MODE and not isinstance(image, Image.Image):
+            raise InputError(f"The mode {PICTURE_MODE!r} needs a picture; give one, or choose from {', '.join(MODES)}.")
+        if mode == "prior" and self.prior is None:
+            raise InputError("These weights have no prior; choose the mode 'text' or 'caption'.")
+        negative = request.clean_prompt(result.negative_prompt)
+        return upsampling_of(dataclasses.replace(result, mode=mode, negative_prompt=negative), self.upsampler)
+
+    def upsamples_first(self, sampling: DALLE2Sampling) -> bool:
+        """Whether pictures are upsampled before they are ranked: see the class."""
+        return bool(sampling.upsample) and self.decoder.config.resolution < max(self.clip.image_size)
+
+    def warn(self, prompts: Sequence[str]) -> None:
+        """Say what will keep the pictures from showing what was asked for: untrained parts, words never seen."""
+        request.warn_of_untrained(self.components)
+        if self.config.known_words is not None:
+            request.warn_of_unknown_words(prompts, frozenset(self.config.known_words), self.config.family)
+
+    def encode_prompts(
+        self, prompts: Sequence[str], negative_prompt: str = "", image: Image.Image | None = None
+    ) -> EncodedPrompts:
+        """Clean prompts, which may be empty beside an image -> what CLIP says; warns of prompts that are too long."""
+        return encode_prompts(self.clip, prompts, negative_prompt, image)
+
+    def image_embeddings(
+        self, encoded: EncodedPrompts, block: Block, seed: int, sampling: DALLE2Sampling, report: Report | None = None
+    ) -> Tensor | None:
+        """The image embeddings (P, n, D) that a block is drawn from, as the mode says; None for the mode "caption"."""
+        count = len(block.candidates)
+        if sampling.mode == "caption":
+            return None
+        if sampling.mode == "text":
+            return encoded.text.embedding[list(block.prompts), None].expand(-1, count, -1)
+        if sampling.mode == PICTURE_MODE:
+            assert encoded.picture is not None
+            return encoded.picture[None].expand(len(block.prompts), count, -1)
+        seeds = filled_up([seed + index for index in block.candidates], block.together)
+        drawn = []
+        for number, prompt in enumerate(block.prompts):
+            span = (PRIOR_SHARE * number / len(block.prompts), PRIOR_SHARE * (number + 1) / len(block.prompts))
+            # A row for each candidate: side by side in one row, they would round differently from place to place.
+            embedding = sample(
+                self.prior,
+                *encoded.text.rows([prompt] * len(seeds)),
+                [[each] for each in seeds],
+                null_text=encoded.null.rows([0]),
+                num_inference_steps=sampling.prior_steps,
+                guidance_scale=sampling.prior_guidance_scale,
+                draws=sampling.prior_draws,
+                scheduler=sampling.prior_scheduler,
+                callback=None if report is None else partial(report, "prior", span),
+            )
+            drawn.append(embedding[:count, 0])
+        return torch.stack(drawn)
+
+    def decode(
+        self,
+        encoded: EncodedPrompts,
+        image_embedding: Tensor | None,
+        block: Block,
+        seed: int,
+        sampling: DALLE2Sampling,
+        report: Report | None = None,
+    ) -> Tensor:
+        """Image embeddings (P, n, D), or None, and the block's texts -> pixels (P, n, 3, H, W) in [0, 1]."""
+        prompts, candidates = len(block.prompts), len(block.candidates)
+        rows = filled_up(list(range(prompts * candidates)), block.together)
+        seeds = [seed + block.candidates[row % candidates] for row in rows]
+        embedding = None if image_embedding is None else image_embedding.flatten(0, 1)[rows]  # R, D
+        condition = self.decoder.condition(
+            embedding, *encoded.text.rows([block.prompts[row // candidates] for row in rows])
+        )
+        null = self.decoder.condition(None, *encoded.null.rows([0] * len(rows)))
+        side = self.decoder.config.resolution
+        x_0 = denoise(
+            self.predictor(condition),
+            scheduler_for(sampling.scheduler, self.decoder),
+            noise_of(seeds, (3, side, side), DECODER).to(self.device),
+            sampling.num_inference_steps,
+            null_predict=self.predictor(null),
+            guidance_scale=sampling.guidance_scale,
+            guidance_interval=sampling.guidance_interval,
+            dynamic_threshold=sampling.dynamic_threshold,
+            clamp=1.0,
+            eta=sampling.eta,
+            seeds=seeds,
+            stream=DECODER,
+            callback=None
+            if report is None
+            else partial(report, "decoder", (PRIOR_SHARE, DECODER_SHARE if self.upsamples_first(sampling) else 1.0)),
+        )
+        pixels = signed_to_unit(x_0[: prompts * candidates]).clamp(0, 1)
+        return pixels.unflatten(0, (prompts, candidates))
+
+    def predictor(self, condition: DecoderCondition) -> Callable[[Tensor, Tensor], Tensor]:
+        """The decoder under a condition, as the denoising loop calls it."""
+        return lambda x_t, t: self.decoder.denoise(x_t, t, condition)
+
+    def upsample(
+        self, pixels: Tensor, block: Block, seed: int, sampling: DALLE2Sampling, report: Report | None = None
+    ) -> Tensor:
+        """Pixels (P, n, 3, H, W) of a whole block -> (P, n, 3, f H, f W), both in [0, 1]."""
+        seeds = [seed + index for index in block.candidates] * len(block.prompts)
+        large = []
+        for number, (row, own) in enumerate(zip(pixels.flatten(0, 1).split(1), seeds, strict=True)):
+            begin, end = (DECODER_SHARE * (1 + done / len(block)) for done in (number, number + 1))
+            tell = None if report is None else partial(report, "upsampler", (begin, end))
+            large.append(enlarged(self.upsampler, row, own, sampling.upsampler_steps, tell))
+        return torch.cat(large).unflatten(0, pixels.shape[:2])
+
+    def rows_at_once(self) -> int:
+        """Candidates that are drawn at once where a call does not say."""
+        if self.device.type == "cpu":
+            return ROWS_TOGETHER
+        return max(ROWS_TOGETHER, ACCELERATOR_PIXELS // self.decoder.config.resolution**2)
+
+    def reporter(self, tracker: Tracker, block: Block, finished: int) -> Report:
+        """What tells the callback about the steps of a block, after `finished` candidates of earlier blocks."""
+
+        def report(stage: str, span: tuple[float, float], step: Step) -> None:
+            def preview() -> list[Image.Image]:
+                if stage == "prior":
+                    return grey(len(block), self.decoder.config.resolution)
+                return as_pictures(step.x_0[: len(block)])
+
+            tracker.drawing(stage, finished, len(block), (step.index + 1, step.num_steps), preview, span)
+
+        return report
+
+
+def filled_up(rows: list[int], together: int) -> list[int]:
+    """The rows, and the first of them again until their number is a multiple of `together`."""
+    return rows + rows[:1] * (-len(rows) % together)

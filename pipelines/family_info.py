@@ -1,0 +1,237 @@
+"""What a family says of itself: found by name, folder or Hub id, its family.json read and checked, without its weights.
+
+A family is a folder: family.json (what it is, the checksum of every part), one folder per part, README.md (model card).
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import genpipe
+from genpipe.errors import InputError
+from pipelines.request import is_whole
+from pipelines.settings import sampling_of
+
+FORMAT_VERSION = 2  # 1: all of dalle1's parts and no others; the defaults are dalle1's
+INFO_FILE = "family.json"
+INFO_LIMIT = 10_000_000  # bytes; a word list is far smaller
+
+# Part -> dotted path of its class. The paths stand in saved weights: they are frozen.
+PART_CLASSES = {
+    "clip": "genpipe.clip.model.CLIP",
+    "dvae": "genpipe.dalle1.dvae.DVAE",
+    "transformer": "genpipe.dalle1.transformer.DALLE1Transformer",
+    "prior": "genpipe.dalle2.prior.Prior",
+    "decoder": "genpipe.dalle2.decoder.Decoder",
+    "upsampler": "genpipe.dalle2.upsampler.Upsampler",
+}
+
+
+@dataclass(frozen=True)
+class PipelineParts:
+    """Parts of a pipeline: those it cannot do without, and those it uses where they are there."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+
+
+PIPELINE_PARTS = {
+    "dalle1": PipelineParts(("clip", "dvae", "transformer"), ("upsampler",)),
+    "dalle2": PipelineParts(("clip", "decoder"), ("prior", "upsampler")),
+}
+
+
+@dataclass(frozen=True)
+class FamilyInfo:
+    """A family as described by its family.json, checked, without its weights."""
+
+    folder: Path
+    info: dict[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.info["name"]
+
+    @property
+    def words(self) -> list[str] | None:
+        """All words of the captions it was trained on, lower case; None where the family does not say."""
+        return self.info.get("words")
+
+    @property
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """Pipeline -> settings that suit this family (fields of its sampling in pipelines.settings)."""
+        return defaults_by_pipeline(self.info.get("defaults", {}))
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts it has."""
+        return [part for part in PART_CLASSES if part in self.info["parts"]]
+
+    @property
+    def pipelines(self) -> list[str]:
+        """The pipelines that its parts make."""
+        return pipelines_of(self.parts)
+
+    def parts_of(self, pipeline: str) -> list[str]:
+        """The parts that a pipeline uses, as far as this family has them."""
+        used = PIPELINE_PARTS[pipeline]
+        return [part for part in self.parts if part in used.required + used.optional]
+
+    def check_has(self, pipeline: str) -> None:
+        """Raises InputError for a pipeline that does not exist, or whose parts this family does not have."""
+        check_pipeline(pipeline)
+        if pipeline not in self.pipelines:
+            missing = [part for part in PIPELINE_PARTS[pipeline].required if part not in self.parts]
+            raise InputError(
+                f"The family {self.name!r} has no {' and no '.join(missing)}, which {pipeline} needs; choose "
+                f"{' or '.join(self.pipelines)}, or another family."
+            )
+
+    def hash_of(self, pipeline: str, upsampled: bool = True) -> str:
+        """Short hash over the parts that a pipeline draws with: equal hashes draw equal pictures.
+
+        upsampled: whether the upsampler, where there is one, is among them.
+        """
+        parts = [part for part in self.parts_of(pipeline) if upsampled or part != "upsampler"]
+        checksums = [f"{part}:{self.info['parts'][part]['sha256']}" for part in parts]
+        return hashlib.sha256("\n".join(checksums).encode()).hexdigest()[:12]
+
+
+def pipelines_of(parts: Iterable[str]) -> list[str]:
+    """The pipelines that some parts make."""
+    present = set(parts)
+    return [name for name, used in PIPELINE_PARTS.items() if present.issuperset(used.required)]
+
+
+def needed_parts() -> str:
+    """What a family needs, for messages."""
+    return "; ".join(f"{name}: {', '.join(used.required)}" for name, used in PIPELINE_PARTS.items())
+
+
+def check_pipeline(name: str) -> None:
+    """Raises InputError for a pipeline that does not exist."""
+    if name not in PIPELINE_PARTS:
+        raise InputError(f"There is no pipeline {name!r}; choose from {', '.join(PIPELINE_PARTS)}.")
+
+
+def defaults_by_pipeline(defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The defaults of a family.json, of this format or of the first, by pipeline."""
+    flat = not all(name in PIPELINE_PARTS for name in defaults)
+    return {"dalle1": dict(defaults)} if flat else dict(defaults)
+
+
+def shipped_families() -> list[str]:
+    """Names of the families that come with genpipe."""
+    folder = _shipped_folder()
+    return sorted(file.parent.name for file in folder.glob(f"*/{INFO_FILE}"))
+
+
+def _shipped_folder() -> Path:
+    return Path(genpipe.__file__).parent / "families"
+
+
+def describe_family(name: str | os.PathLike[str]) -> FamilyInfo:
+    """Find a family and read what it says of itself, without its weights. Raises InputError as `load_family` does."""
+    folder = _find(name)
+    return FamilyInfo(folder, _read_info(folder))
+
+
+def _find(name: str | os.PathLike[str]) -> Path:
+    text = os.fspath(name)
+    if text in shipped_families():
+        return _shipped_folder() / text
+    try:
+        if text and Path(text).is_dir():
+            return Path(text)
+    except (OSError, ValueError):  # too long for a path, or with a zero byte
+        pass
+    if re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", text):
+        return _download(text)
+    shipped = ", ".join(shipped_families()) or "none"
+    raise InputError(
+        f"There is no family {text[:100]!r}; give the name of a shipped family ({shipped}), a folder or a Hub id."
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = [INFO_FILE, "README.md", "*/*.json", "*/*.safetensors"]  # nothing that could be a pickle
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except Exception as error:  # the client's own classes, httpx's and the system's, differing between its versions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise InputError(
+            f"There is no folder {hub_id!r}, and the family of that name could not be fetched from the Hub ({reason})."
+        ) from error
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    path = folder / INFO_FILE
+    where = repr(str(path))
+    try:
+        if path.stat().st_size > INFO_LIMIT:
+            raise InputError(f"{where} is larger than {INFO_LIMIT:,} bytes; it is no description of a family.")
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"The folder {str(folder)!r} is no family: it has no {INFO_FILE}.") from error
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where} is not valid JSON; get the family again.") from error
+    check_info(info, where)
+    return info
+
+
+def check_info(info: Any, where: str) -> None:
+    """The file may come from a stranger: nothing in it is used before it was looked at here."""
+
+    def refuse(what: str) -> InputError:
+        return InputError(f"{where} {what}; get the family again or mend it.")
+
+    if not isinstance(info, dict):
+        raise refuse("is not a JSON object")
+    version = info.get("genpipe_format")
+    if not isinstance(version, int) or not is_whole(version) or version < 1:
+        raise refuse("has no format version (genpipe_format)")
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{where} has format version {version}, this genpipe reads up to {FORMAT_VERSION}; install a newer genpipe."
+        )
+    name = info.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w. -]{0,95}", name):
+        raise refuse("has no name of up to 96 letters, digits, dots, dashes and spaces")
+    parts = info.get("parts")
+    if not isinstance(parts, dict):
+        raise refuse("lists no parts")
+    if not pipelines_of(parts):
+        raise refuse(f"lists no parts that make a pipeline ({needed_parts()})")
+    for part, entry in parts.items():
+        if part not in PART_CLASSES:
+            raise refuse(f"lists a part {part[:40]!r} that is not known")
+        class_name = PART_CLASSES[part].rpartition(".")[2]
+        if not isinstance(entry, dict) or entry.get("class") != class_name:
+            raise refuse(f"lists no part {part!r} of the class {class_name}")
+        if not re.fullmatch(r"[0-9a-f]{64}", str(entry.get("sha256"))):
+            raise refuse(f"has no checksum (sha256) for the part {part!r}")
+    words = info.get("words")
+    if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise refuse("has words that are not a list of strings")
+    _check_defaults(info.get("defaults", {}), where)
+
+
+def _check_defaults(defaults: Any, where: str) -> None:
+    try:
+        if not isinstance(defaults, dict):
+            raise InputError("they are no JSON object")
+        for pipeline, settings in defaults_by_pipeline(defaults).items():
+            sampling_of(pipeline, settings)
+    except InputError as error:
+        raise InputError(f"{where} has defaults that cannot be used ({str(error).rstrip('.')}).") from error

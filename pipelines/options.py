@@ -1,0 +1,16 @@
+"""Options that several verbs of the command line share: the same name and the same help wherever they appear."""
+
+from typing import Annotated
+
+import typer
+
+FamilyOption = Annotated[
+    str, typer.Option(help="Weights to use: a shipped family, a folder, or a Hub id (owner/name).")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, or an accelerator as listed by `genpipe info`.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")
+]
+ClipOption = Annotated[
+    str, typer.Option(help="A family, a folder, or an open_clip model and its weights as in ViT-B-32:openai.")
+]
