@@ -219,7 +219,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "prior": {"num_layers": 1, "num_heads": 2, "head_dim": 16, "dropout": 0.0, "embedding_scale": "unit"},
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "decoder": {"image_dropout": 0.1, "text_dropout": 0.5, "min_snr_gamma": 5.0, "bound_weight": 0.001},
+    "decoder": {
+        "image_dropout": 0.1,
+        "text_dropout": 0.5,
+        "min_snr_gamma": 5.0,
+        "timestep_shift": 1.0,
+        "bound_weight": 0.001,
+    },
     "prior": {"text_dropout": 0.1, "repeats": 2, "statistics_pairs": 8},
 }
 

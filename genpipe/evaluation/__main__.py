@@ -13,11 +13,15 @@ from genpipe.clip.rerank import score
 from genpipe.dalle1.dvae import DVAE
 from genpipe.dalle1.sampling import generate_tokens
 from genpipe.dalle1.transformer import DALLE1Transformer
+from genpipe.dalle2.prior import Prior
+from genpipe.dalle2.upsampler import Upsampler
 from genpipe.data.scenes import EmojiScenes, find_font
 from genpipe.errors import InputError
 from genpipe.evaluation.best_of_n import best_of_n_curve, check_matplotlib, plot_curve
 from genpipe.evaluation.clip import TWIN_KINDS, embed_pairs, retrieval_accuracy, twin_accuracy
+from genpipe.evaluation.prior import prior_figures
 from genpipe.evaluation.reconstruction import reconstruction_figures
+from genpipe.evaluation.upsampling import upsampling_figures
 from genpipe.images import to_unit
 from genpipe.parts import load_part
 
@@ -67,9 +71,9 @@ def best_of_figures(
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """All figures, written to figures.json and best_of_n.png. Raises InputError for bad input."""
-    for name in ("count", "prompts", "candidates"):
+    for name in ("count", "prompts", "candidates", "prior_steps"):
         if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1.")
     check_matplotlib()  # what is missing shows before the work, not after it
     find_font()
     try:
@@ -88,6 +92,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "clip": clip_figures(clip, scenes, arguments.count),
         "best_of_n": {"guidance": arguments.guidance, "real_scenes": real, "curve": curve},
     }
+    if (arguments.family / "prior").is_dir():
+        prior = load_part(Prior, arguments.family / "prior")
+        settings = {"num_inference_steps": arguments.prior_steps, "guidance_scale": arguments.prior_guidance}
+        figures["prior"] = {**settings, **prior_figures(prior, clip, scenes, arguments.count, **settings)}
+    if (arguments.family / "upsampler").is_dir():
+        upsampler = load_part(Upsampler, arguments.family / "upsampler")
+        side, count = scenes.size * upsampler.config.factor, min(arguments.count, 100)
+        large = to_unit(EmojiScenes(size=side, split="heldout").batch(0, count)[0])
+        figures["upsampler"] = upsampling_figures(upsampler, large, range(count))
     try:
         (arguments.out / "figures.json").write_text(json.dumps(figures, indent=1))
         plot_curve(curve, arguments.out / "best_of_n.png", real)
@@ -98,12 +111,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="genpipe.evaluation", description="Measure a family on held-out scenes.")
-    parser.add_argument("family", type=Path, help="folder with clip/, dvae/ and transformer/")
+    parser.add_argument("family", type=Path, help="folder with clip/, dvae/, transformer/; and prior/, upsampler/")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for figures.json and best_of_n.png")
     parser.add_argument("--count", type=int, default=1000, help="held-out scenes for reconstruction and CLIP")
     parser.add_argument("--prompts", type=int, default=40, help="held-out prompts for the best-of-N curve")
     parser.add_argument("--candidates", type=int, default=64, help="candidates per prompt for the curve")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale of the drawn candidates")
+    parser.add_argument("--prior-steps", type=int, default=10, help="steps of the prior")
+    parser.add_argument("--prior-guidance", type=float, default=2.0, help="guidance scale of the prior")
     try:
         figures = measure(parser.parse_args())
     except InputError as error:

@@ -183,16 +183,17 @@ _ABOVE_0 = (
     "run.steps", "run.batch_size", "run.accumulate", "run.log_every", "run.validate_every", "data.size",
     "optimizer.learning_rate", "optimizer.clip_norm", "optimizer.epsilon", "objective.temperature",
     "objective.final_temperature", "objective.tokenizer_captions", "objective.repeats", "objective.crop",
+    "objective.timestep_shift",
 )  # fmt: skip
 _NOT_BELOW_0 = (
     "run.save_minutes", "run.save_every", "run.seed", "run.threads", "data.seed", "data.workers", "data.plain_batches",
     "optimizer.weight_decay", "optimizer.warmup_steps", "objective.temperature_steps", "objective.kl_weight",
     "objective.kl_steps", "objective.squared_error", "objective.warm_up_steps", "objective.twin_weight",
-    "objective.statistics_pairs",
+    "objective.statistics_pairs", "objective.min_snr_gamma", "objective.bound_weight",
 )  # fmt: skip
 _FROM_0_TO_1 = (
     "data.hard_negatives", "optimizer.final_fraction", "objective.caption_dropout", "objective.degrade",
-    "objective.text_weight", "objective.text_dropout",
+    "objective.text_weight", "objective.text_dropout", "objective.image_dropout",
 )  # fmt: skip
 _FROM_0_BELOW_1 = ("run.ema_decay", "optimizer.beta_1", "optimizer.beta_2", "objective.bpe_dropout")
 _CHOICES = {

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from genpipe.dalle2.losses import (
     stratified_timesteps,
     training_target,
 )
+from genpipe.dalle2.sampling import DECODER, denoise, noise_of, scheduler_for
 from genpipe.errors import InputError
 from genpipe.identity import weights_identity
 from genpipe.images import make_grid, signed_to_unit, to_pil, to_unit, unit_to_signed
@@ -144,15 +144,16 @@ class DecoderStage(Stage):
         tokens = self.clip.tokenize(captions[:16])
         args = self._condition(pixels, tokens.ids.to(pixels.device), tokens.mask.to(pixels.device))
         condition = self.model.condition(*args)
-        c = self.model.config
-        scheduler = DPMSolverMultistepScheduler(
-            c.num_train_timesteps, beta_schedule=c.beta_schedule, prediction_type=c.prediction_type
+        noise = noise_of(range(len(pixels)), pixels.shape[1:], DECODER).to(pixels)
+        x_0 = denoise(
+            lambda x_t, t: self.model.denoise(x_t, t, condition),
+            scheduler_for("dpm-solver++", self.model),
+            noise,
+            25,
+            clamp=1.0,
+            stream=DECODER,
         )
-        scheduler.set_timesteps(25)
-        x = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels)
-        for t in scheduler.timesteps:
-            x = scheduler.step(self.model.denoise(x, t, condition)[:, :3], t, x).prev_sample
-        drawn = signed_to_unit(x.clamp(-1, 1))
+        drawn = signed_to_unit(x_0)
         both = torch.stack([pixels, drawn], dim=1).flatten(0, 1)
         labels = [text for caption in captions[:16] for text in (caption, "")]
         return make_grid(to_pil(both), columns=8, labels=labels, scale=3)
