@@ -94,7 +94,7 @@ class Drawing:
         self._error: BaseException | None = None
         self._stopping, self._over = threading.Event(), threading.Event()
         self._next_look = 0.0  # when the next preview is due, on the monotonic clock
-        # No daemon, whatever thread this is made in: a program that ends waits for the current step, and tells it to stop.
+        # No daemon, whatever thread makes it: a program that ends tells it to stop, and waits for the current step.
         self._thread = threading.Thread(target=self._run, name="drawing", daemon=False)
 
     def start(self) -> None:
