@@ -52,6 +52,7 @@ def save_part(model: Any, folder: str | os.PathLike[str], dtype: torch.dtype | N
         _rewrite_weights(fresh / WEIGHTS_NAME, dtype)
         config = json.loads((fresh / CONFIG_NAME).read_text(encoding="utf-8"))
         config[FORMAT_KEY] = FORMAT_VERSION
+        config.pop("_name_or_path", None)  # where it was loaded from is no part of it
         (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in fresh.iterdir():
             with path.open("rb") as file:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -181,6 +182,16 @@ def test_a_damaged_json_file_is_refused_in_one_sentence(tmp_path: Path, number: 
     assert "\n" not in str(caught.value) and path.name.removesuffix(".json") in str(caught.value)
 
 
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
 def test_a_damaged_array_is_refused_and_nothing_is_unpickled(tmp_path: Path) -> None:
     write_shards(tmp_path, [3])
     shard, stored = tmp_path / "00000.tar", StoredEmbeddings()
@@ -188,7 +199,7 @@ def test_a_damaged_array_is_refused_and_nothing_is_unpickled(tmp_path: Path) -> 
     array, path = stored.files(shard)
     sound, record = array.read_bytes(), json.loads(path.read_bytes())
     pickled, single = io.BytesIO(), io.BytesIO()
-    np.save(pickled, np.array([{1}, {2}, {3}], dtype=object), allow_pickle=True)
+    np.save(pickled, np.array([Harmful(tmp_path / "harm")], dtype=object), allow_pickle=True)
     np.save(single, np.zeros((3, 3), dtype=np.float32))
     spoiled = (b"", sound[:-1], sound[:40], b"PK\x03\x04", pickled.getvalue(), single.getvalue())
     for data in spoiled:
@@ -198,6 +209,7 @@ def test_a_damaged_array_is_refused_and_nothing_is_unpickled(tmp_path: Path) -> 
             with pytest.raises(InputError, match=r"embeddings\.npy' cannot be read .*run `genpipe embed`") as caught:
                 stored.load(shard)
             assert "\n" not in str(caught.value)
+    assert not (tmp_path / "harm").exists()
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -356,8 +368,15 @@ def test_the_decoder_refuses_what_does_not_fit(clip_folder: Path, source: Path, 
         for name in ("00000.embeddings.npy", "00000.embeddings.json"):
             shutil.copy(source / name, partial)
         DecoderStage(recipe_for(clip_folder, source, str(partial)), None)
+    shards = copied(source, tmp_path / "shards")
     with pytest.raises(InputError, match=r"make them with: genpipe embed .*shards --clip FOLDER\.$"):
-        DecoderStage(recipe_for(clip_folder, copied(source, tmp_path / "shards"), "beside"), None)
+        DecoderStage(recipe_for(clip_folder, shards, "beside"), None)
+    embed(shards, clip_folder)
+    recipe = recipe_for(clip_folder, shards, "beside")
+    stage = DecoderStage(recipe, None)
+    store(shards / "00001.tar", StoredEmbeddings())  # of another CLIP, after the stage has looked
+    with pytest.raises(InputError, match="another CLIP"):
+        batches(recipe, stage, 0, 4)
 
 
 def test_settings_that_do_not_go_together_are_refused(clip_folder: Path, source: Path) -> None:
