@@ -38,6 +38,7 @@ __all__ = [
     "read_recipe",
     "resize",
     "resize_picture",
+    "shrink",
     "save_png",
     "signed_to_unit",
     "stack_levels",
@@ -49,6 +50,7 @@ __all__ = [
 
 RECIPE_KEY = "genpipe"  # keyword of the PNG text chunk
 RECIPE_LIMIT = 1_000_000  # characters; Pillow refuses compressed text above 1 MiB as well
+LARGE_PIXELS = 16_000_000  # beyond this a picture is shrunk by a whole factor before it becomes floats
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -154,6 +156,15 @@ def resize_picture(picture: Image.Image, size: int | tuple[int, int], mode: str 
     """
     height, width = (size, size) if isinstance(size, int) else size
     return picture.resize((width, height), _FILTERS[mode])
+
+
+def shrink(picture: Image.Image, side: int) -> Image.Image:
+    """A very large picture by a whole factor smaller, its shorter side at least 4 * `side`; others as they are.
+
+    100 megapixels would be 1.2 GB of floats. Four times the side is left for the real resize.
+    """
+    factor = min(picture.size) // (4 * side)
+    return picture.reduce(factor) if picture.width * picture.height > LARGE_PIXELS and factor > 1 else picture
 
 
 # Grids and PNG files with their recipe --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from genpipe.dalle2.decoder import Decoder
 from genpipe.dalle2.prior import Prior
 from genpipe.errors import InputError
 from genpipe.identity import weights_identity
-from genpipe.images import to_unit
+from genpipe.images import shrink, to_unit
 from pipelines import request
 
 
@@ -56,7 +56,7 @@ def encode_prompts(
     text, null, picture = encode_texts(clip, read[:-1]), encode_texts(clip, read[-1:]), None
     ranked_by = text.embedding
     if image is not None:
-        small = request.shrink(image, max(clip.image_size))
+        small = shrink(image, max(clip.image_size))
         picture = clip.embed_image(to_unit([small]).to(clip.device))  # 1, D
         said = torch.tensor([bool(prompt) for prompt in prompts], device=picture.device)
         ranked_by = torch.where(said[:, None], ranked_by, picture)

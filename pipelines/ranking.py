@@ -10,10 +10,10 @@ from torch import Tensor
 from genpipe.clip.model import CLIP
 from genpipe.clip.rerank import rerank
 from genpipe.errors import InputError
-from genpipe.images import find_pictures, open_picture, to_unit
+from genpipe.images import find_pictures, open_picture, shrink, to_unit
 from genpipe.parts import load_part
 from pipelines.family import INFO_FILE, describe_family, load_part_of, shipped_families
-from pipelines.request import check_positive, check_prompts, shrink
+from pipelines.request import check_positive, check_prompts
 
 
 @dataclass(frozen=True)

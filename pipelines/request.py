@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a bad request should be 
     from genpipe.tokenizer import TokenBatch
 
 MAX_PROMPT_CHARACTERS = 2000  # more than any text encoder here reads; longer prompts are cut before they cost time
-LARGE_PIXELS = 16_000_000  # beyond this a picture is shrunk by a whole factor before it becomes floats
 MAX_SEED = 2**63 - 1  # what a torch generator takes
 
 
@@ -164,15 +163,6 @@ def warn_of_untrained(components: Mapping[str, Any]) -> None:
             "unless they were trained in this process, the pictures will be noise.",
             stacklevel=4,
         )
-
-
-def shrink(picture: Image.Image, side: int) -> Image.Image:
-    """A very large picture made smaller, so far that it can still be resized to `side` without a loss.
-
-    A picture of 100 megapixels would be 1.2 GB of floats. Four times the side is left for the real resize.
-    """
-    factor = min(picture.size) // (4 * side)
-    return picture.reduce(factor) if picture.width * picture.height > LARGE_PIXELS and factor > 1 else picture
 
 
 def check_counts(num_candidates: int, keep: int, seed: int, chunk_size: int | None) -> None:

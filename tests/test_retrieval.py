@@ -22,7 +22,6 @@ from genpipe.clip.retrieval import (
     index_folder,
     read_for_clip,
     search,
-    shrink,
     top_k,
     top_k_by_faiss,
     top_k_by_product,
@@ -31,6 +30,7 @@ from genpipe.data.pack import pack
 from genpipe.data.scenes import EmojiScenes
 from genpipe.errors import InputError
 from genpipe.evaluation.retrieval import open_source, ranks, retrieval_figures
+from genpipe.images import shrink
 from genpipe.parts import load_part, save_part
 
 CAPTION = "a cat on a red background"

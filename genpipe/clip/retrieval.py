@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from genpipe.clip.embedding_cache import (
     EmbeddingTable,
@@ -32,10 +31,9 @@ from genpipe.clip.model import CLIP
 from genpipe.clip.rerank import is_out_of_memory
 from genpipe.data.read_ahead import read_ahead
 from genpipe.errors import InputError
-from genpipe.images import find_pictures, open_picture, to_unit
+from genpipe.images import find_pictures, open_picture, shrink, to_unit
 
 FAISS_ABOVE = 1_000_000  # embeddings; up to here numpy's matrix product does
-LARGE_PIXELS = 16_000_000  # beyond this a picture is shrunk by a whole factor before it becomes floats
 _BLOCK = 2**17  # scores of one matrix product
 _SAVE_EVERY = 60.0  # seconds, at least, between two savings of an index that is being made
 
@@ -195,15 +193,6 @@ def read_for_clip(clip: CLIP, path: str | os.PathLike[str]) -> torch.Tensor:
     """A picture file of any kind and size -> pixels (3, H, W) in [0, 1] at CLIP's size; raises InputError."""
     picture = shrink(open_picture(Path(path)), max(clip.image_size))
     return clip.fit_pixels(to_unit([picture]))[0]
-
-
-def shrink(picture: Image.Image, side: int) -> Image.Image:
-    """A very large picture by a whole factor smaller, its shorter side at least 4 * `side`; others as they are.
-
-    100 megapixels would be 1.2 GB of floats. The real resize to `side` is left to CLIP.
-    """
-    factor = min(picture.size) // (4 * side)
-    return picture.reduce(factor) if picture.width * picture.height > LARGE_PIXELS and factor > 1 else picture
 
 
 def _embed_files(

@@ -30,10 +30,8 @@ from genpipe.data.shards import Urls, expand_shards
 from genpipe.data.tar_index import ShardIndex, index_shard, picture_crc, read_entry
 from genpipe.errors import InputError
 from genpipe.identity import weights_identity
-from genpipe.images import to_unit
+from genpipe.images import shrink, to_unit
 from genpipe.parts import load_part, sha256_of
-
-LARGE_PIXELS = 16_000_000  # beyond this a picture is shrunk by a whole factor before it becomes floats
 
 
 @dataclass(frozen=True)
@@ -162,11 +160,7 @@ class _Embedder:
 
     def fit(self, picture: Image.Image) -> torch.Tensor:
         """Picture of any size -> pixels (3, S, S) in [0, 1]."""
-        # A picture of 100 megapixels would be 1.2 GB of floats. Four times CLIP's size is left for the real resize.
-        factor = min(picture.size) // (4 * max(self.clip.image_size))
-        if picture.width * picture.height > LARGE_PIXELS and factor > 1:
-            picture = picture.reduce(factor)
-        return self.clip.fit_pixels(to_unit([picture]))[0]
+        return self.clip.fit_pixels(to_unit([shrink(picture, max(self.clip.image_size))]))[0]
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:

@@ -22,7 +22,7 @@ PREVIOUS = "previous"
 _MOVED = (CHECKPOINTS, "log.csv", "samples", "tensorboard", RECIPE_NAME, FILE_NAME)  # checkpoints first: they decide
 
 # Folders whose contents count, wherever they lie now.
-_CONTENT_COUNTS = ("objective.dvae", "objective.tokenizer")
+_CONTENT_COUNTS = ("objective.dvae", "objective.clip", "objective.tokenizer")
 # These bend the course of a run, and may: a person who changes them on the way knows why.
 _MAY_BEND = (
     "run.steps", "run.accumulate", "run.precision", "run.ema_decay", "optimizer.learning_rate", "optimizer.beta_1",
