@@ -3,7 +3,7 @@
     python benchmarks/dalle2.py [FAMILY] [--candidates 4] [--threads 2]
 
 All in one run on the same weights. The hand-written loop is the shortest that diffusers' own parts allow: text states
-and projections computed anew at every step; same scheduler, same noise, same pictures.
+and projections computed anew at every step; same scheduler and noise, but x_0 is not clamped.
 """
 
 import argparse

@@ -6,40 +6,36 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
+from diffusers.utils import logging
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from genpipe.errors import InputError
 from genpipe.tokenizer import CaptionTokenizer
+from genpipe.weight_files import Table, rewrite_weights, weight_table
 
 FORMAT_VERSION = 1
 FORMAT_KEY = "_genpipe_format"  # diffusers leaves keys that begin with "_" alone when it reads a config
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-# safetensors' names of types -> (bytes per number, whether it is floating point)
-NUMBER_TYPES = {
-    "F64": (8, True), "F32": (4, True), "F16": (2, True), "BF16": (2, True), "I64": (8, False), "I32": (4, False),
-    "I16": (2, False), "I8": (1, False), "U8": (1, False), "BOOL": (1, False),
-}  # fmt: skip
-
 Part = TypeVar("Part", bound=ModelMixin)
 
 
-def save_part(model: Any, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+def save_part(
+    model: Any, folder: str | os.PathLike[str], dtype: torch.dtype | None = None, file_bytes: int | None = None
+) -> None:
     """Write `model` (its weights as `dtype`, or as they are) to `folder`: all of it, or nothing and the old one stays.
 
-    The folder gets config.json with the format version, one safetensors file, and whatever else the part's own
-    save_pretrained writes. `model` is not changed. An existing folder is replaced only if it is empty or holds a part.
+    The folder gets config.json with the format version, one safetensors file, or several of at most `file_bytes` (a
+    single tensor may be larger) and their index, and whatever else the part's own save_pretrained writes. `model` is
+    not changed. An existing folder is replaced only if it is empty or holds a part.
     Raises InputError if it cannot be written (with the reason), or if a weight is too large for `dtype`.
     """
     target = Path(folder)
@@ -49,7 +45,7 @@ def save_part(model: Any, folder: str | os.PathLike[str], dtype: torch.dtype | N
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(fresh, max_shard_size="10000GB")
-        _rewrite_weights(fresh / WEIGHTS_NAME, dtype)
+        rewrite_weights(fresh, dtype, file_bytes)
         config = json.loads((fresh / CONFIG_NAME).read_text(encoding="utf-8"))
         config[FORMAT_KEY] = FORMAT_VERSION
         config.pop("_name_or_path", None)  # where it was loaded from is no part of it
@@ -87,16 +83,29 @@ def load_part(cls: type[Part], folder: str | os.PathLike[str], dtype: torch.dtyp
         hint = f" (its previous version is {aside[-1]}, rename that)" if aside else ""
         raise InputError(f"{root} is not a folder, a saved {cls.__name__} was expected there{hint}.")
     config = _read_config(cls, root / CONFIG_NAME)
-    weights = _find_weights(root)
-    _check_tensors(_read_header(weights), _expected_tensors(cls, config, root / CONFIG_NAME), weights)
+    weights, table = weight_table(root)
+    _check_tensors(table, _expected_tensors(cls, config, root / CONFIG_NAME), weights)
     try:
-        model = cls.from_pretrained(root, use_safetensors=True, local_files_only=True)
+        with _quietly():
+            model = cls.from_pretrained(root, use_safetensors=True, local_files_only=True)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{weights} cannot be loaded as {cls.__name__} ({reason}).") from error
     return nn.Module.to(model, dtype=dtype).eval()  # ModelMixin's own `to` advises against what is wanted here
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the bar that diffusers shows while it reads several files."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -125,19 +134,6 @@ def _sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _rewrite_weights(path: Path, dtype: torch.dtype | None) -> None:
-    """Store the floating-point tensors of a safetensors file as `dtype`; None leaves the file as it is."""
-    if dtype is None:
-        return
-    tensors = load_file(path)
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    too_large = [name for name, tensor in cast.items() if not torch.equal(tensor.isinf(), tensors[name].isinf())]
-    if too_large:
-        raise InputError(f"the weights {', '.join(too_large)} are too large for {dtype}; save with dtype=None.")
-    del tensors
-    save_file(cast, path, metadata={"format": "pt"})
-
-
 def _read_config(cls: type[ModelMixin], path: Path) -> dict[str, Any]:
     """config.json, checked for class, format version and unknown entries."""
     try:
@@ -162,58 +158,7 @@ def _read_config(cls: type[ModelMixin], path: Path) -> dict[str, Any]:
     return config
 
 
-def _find_weights(root: Path) -> Path:
-    """The safetensors file of a part's folder."""
-    path = root / WEIGHTS_NAME
-    if path.is_file():
-        return path
-    pickled = sorted(found.name for found in root.iterdir() if found.suffix in PICKLED_SUFFIXES)
-    if pickled:
-        raise InputError(
-            f"{root / pickled[0]} is a pickled file, which can run code when it is read, and is refused; "
-            f"{WEIGHTS_NAME} was expected."
-        )
-    raise InputError(f"{path} is missing, so the part cannot be loaded.")
-
-
-def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Name -> (shape, floating point?) of a safetensors file, after checking that the file is whole."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise InputError(f"{path} is a pickled file under the name of a safetensors file and is refused.")
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise InputError(f"{path} is truncated or is not a safetensors file ({size} bytes).")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            table = {name: _checked_entry(entry, size - 8 - length) for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} has a damaged table of contents ({error}).") from error
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end != size - 8 - length:
-        raise InputError(f"{path} is truncated or damaged: {end} bytes of weights expected, {size - 8 - length} found.")
-    return table
-
-
-def _checked_entry(entry: dict[str, Any], data_bytes: int) -> tuple[tuple[int, ...], bool]:
-    """One entry of a safetensors header -> (shape, floating point?); ValueError if it contradicts itself."""
-    shape = tuple(int(side) for side in entry["shape"])
-    width, floating = NUMBER_TYPES[entry["dtype"]]
-    first, last = entry["data_offsets"]
-    expected = width
-    for side in shape:
-        expected *= side
-    if last - first != expected or first < 0 or min(shape, default=0) < 0:
-        raise ValueError(f"{last - first} bytes for a {entry['dtype']} tensor of shape {list(shape)}")
-    return shape, floating
-
-
-def _expected_tensors(
-    cls: type[ModelMixin], config: dict[str, Any], path: Path
-) -> dict[str, tuple[tuple[int, ...], bool]]:
+def _expected_tensors(cls: type[ModelMixin], config: dict[str, Any], path: Path) -> Table:
     """Name -> (shape, floating point?) of the model that the config describes, built without memory for its weights."""
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
     try:
@@ -228,9 +173,7 @@ def _expected_tensors(
     return {name: (tuple(t.shape), t.is_floating_point()) for name, t in model.state_dict().items()}
 
 
-def _check_tensors(
-    found: dict[str, tuple[tuple[int, ...], bool]], expected: dict[str, tuple[tuple[int, ...], bool]], path: Path
-) -> None:
+def _check_tensors(found: Table, expected: Table, path: Path) -> None:
     """Raise InputError listing every tensor of the file that is missing, unexpected, or of another shape or kind."""
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]

@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and listing families needs n
     from pipelines.dalle1 import DALLE1Pipeline
     from pipelines.dalle2 import DALLE2Pipeline
 
+FILE_BYTES = 16_000_000  # of one file of weights, at most: hosts and version control dislike larger ones
+
 __all__ = [
     "FORMAT_VERSION",
     "INFO_FILE",
@@ -170,7 +172,7 @@ def save_family(
         building.mkdir(parents=True)
         entries = {}
         for part, model in parts.items():
-            save_part(model, building / part, dtype or torch.float16)
+            save_part(model, building / part, dtype or torch.float16, FILE_BYTES)
             entries[part] = {"class": type(model).__name__, "sha256": sha256_of(building / part)}
         whole = {**info, "genpipe_format": FORMAT_VERSION, "parts": entries}
         check_info(whole, "The information about the family")

@@ -299,3 +299,67 @@ def test_all_misfits_are_listed(folder):
         "mis-shaped steps [5] instead of [5], integer and floating point confused",
     ):
         assert part in text
+
+
+INDEX = WEIGHTS + ".index.json"
+
+
+@pytest.fixture
+def in_files(tiny, tmp_path):
+    save_part(tiny, tmp_path / "files", torch.float16, file_bytes=32)
+    return tmp_path / "files"
+
+
+def rewrite_index(folder, change):
+    path = folder / INDEX
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def test_several_files_and_one_hold_the_same(tiny, in_files, tmp_path, capsys):
+    files = sorted(in_files.glob("*.safetensors"))
+    assert len(files) > 1 and not (in_files / WEIGHTS).exists()
+    save_part(tiny, tmp_path / "one", torch.float16, file_bytes=10_000)
+    assert not (tmp_path / "one" / INDEX).exists()
+    first, second = load_part(Tiny, in_files).state_dict(), load_part(Tiny, tmp_path / "one").state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_the_index_names_is_missing(in_files):
+    gone = sorted(in_files.glob("*.safetensors"))[0]
+    gone.unlink()
+    assert f"{gone} is missing" in refusal(in_files)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("weight_map"),
+        lambda index: index.update(weight_map=[1]),
+        lambda index: index["weight_map"].update({"layer.bias": "../elsewhere.safetensors"}),
+        lambda index: index["weight_map"].update({"layer.bias": 7}),
+        lambda index: index["weight_map"].update({"layer.bias": "weights.bin"}),
+    ],
+)
+def test_a_damaged_index(in_files, change):
+    rewrite_index(in_files, change)
+    assert INDEX in refusal(in_files)
+
+
+def test_an_index_that_does_not_tell_the_truth(in_files):
+    def swap(index):
+        places = index["weight_map"]
+        first, *others = places
+        second = next(name for name in others if places[name] != places[first])
+        places[first], places[second] = places[second], places[first]
+
+    rewrite_index(in_files, swap)
+    assert "does not list what is in" in refusal(in_files)
+
+
+def test_a_truncated_file_among_several(in_files):
+    file = sorted(in_files.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert str(file) in refusal(in_files)
