@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_recipes import state_of
 
 from genpipe.dalle2.decoder import Decoder
 from genpipe.dalle2.losses import cumulative_alphas, diffuse, stratified_timesteps
@@ -18,7 +19,6 @@ from genpipe.training.config import DataConfig, OptimizerConfig, Recipe, RunConf
 from genpipe.training.data import Batch
 from genpipe.training.decoder_stage import DecoderStage
 from genpipe.training.loop import Trainer
-from tests.tiny_recipes import state_of
 
 UNET = {
     "block_out_channels": [16, 32],

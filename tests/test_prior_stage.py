@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_recipes import state_of, write_pictures
 
 from genpipe.clip.model import CLIP
 from genpipe.dalle2.losses import cumulative_alphas, diffuse, stratified_timesteps
@@ -21,7 +22,6 @@ from genpipe.training.config import DataConfig, OptimizerConfig, Recipe, RunConf
 from genpipe.training.data import Batch
 from genpipe.training.loop import Trainer
 from genpipe.training.prior_stage import PriorStage, training_pictures
-from tests.tiny_recipes import state_of, write_pictures
 
 
 def tiny_prior_recipe(family: Path, **objective: Any) -> Recipe:
