@@ -10,9 +10,9 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable
 
 import torch
+from sampling import seconds
 from torch import Tensor
 
 from genpipe.dalle2.sampling import DECODER, noise_of, scheduler_for
@@ -22,17 +22,6 @@ from pipelines.dalle2 import ROWS_TOGETHER, DALLE2Pipeline
 from pipelines.family import load_family
 
 PROMPT = "three strawberries on a white background"
-
-
-def seconds(function: Callable[[], object], repeats: int = 3) -> float:
-    """Median wall time after one warm-up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
 
 
 @torch.no_grad()

@@ -34,8 +34,7 @@ def rewrite_weights(folder: Path, dtype: torch.dtype | None, file_bytes: int | N
     None leaves the type, or the one file, as it is. Raises InputError for a weight that is too large for `dtype`.
     """
     path = folder / WEIGHTS_NAME
-    whole = file_bytes is None or path.stat().st_size <= file_bytes and dtype is None
-    if whole and dtype is None:
+    if dtype is None and (file_bytes is None or path.stat().st_size <= file_bytes):
         return
     tensors = load_file(path)
     if dtype is not None:
