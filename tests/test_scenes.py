@@ -362,7 +362,7 @@ def test_captions_depend_on_the_generator_only():
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-@pytest.mark.parametrize("kind", ["swapped", "recounted", "recoloured", None])
+@pytest.mark.parametrize("kind", ["swapped", "recounted", "recoloured", "turned", None])
 def test_twins_differ_in_one_fact(kind, split):
     scenes = EmojiScenes(split=split, seed=4)
     kinds = Counter()
@@ -388,6 +388,12 @@ def test_twins_differ_in_one_fact(kind, split):
         elif twins.kind == "recounted":
             assert a.objects == b.objects and a.colour == b.colour and a.count != b.count
             assert {**said, "count": 0} == {**twin_said, "count": 0}
+        elif twins.kind == "turned":
+            assert (a.objects, a.background, a.colour) == (b.objects, b.background, b.colour)
+            flat = ("left of", "right of")
+            assert (a.relation in flat) != (b.relation in flat)
+            assert said["objects"] in (twin_said["objects"], twin_said["objects"][::-1])
+            assert said["relation"] != twin_said["relation"]
         else:
             assert a.placements == b.placements and a.background != b.background
             assert said["background"] == a.background and twin_said["background"] == b.background

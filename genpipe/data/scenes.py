@@ -18,6 +18,7 @@ from genpipe.data.layout import (
     RELATIONS,
     Kind,
     Placement,
+    Relation,
     Scene,
     SizeWord,
     place_count,
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 Split = Literal["train", "heldout", "all"]
-TwinKind = Literal["swapped", "recounted", "recoloured"]
+TwinKind = Literal["swapped", "recounted", "recoloured", "turned"]
 
 _KIND_ENDS: tuple[tuple[Kind, float], ...] = (("single", 0.25), ("count", 0.55), ("pair", 1.0))  # cumulative shares
 _SIZES: tuple[SizeWord | None, ...] = (None, None, "small", "large")
@@ -89,7 +90,8 @@ class Twins:
     """Two scenes that differ in one fact, with captions of the same wording; pixels uint8 (size, size, 3), RGB.
 
     kind: "swapped" (a pair's objects have exchanged their places), "recounted" (another number of the same object, in
-    a layout of its own, on the same background) or "recoloured" (another background, named in both captions).
+    a layout of its own, on the same background), "recoloured" (another background, named in both captions) or
+    "turned" (a pair side by side is now one above the other, or the other way round).
     """
 
     kind: TwinKind
@@ -246,8 +248,8 @@ class EmojiScenes:
     def twins(self, index: int, kind: TwinKind | None = None) -> Twins:
         """Scene number `index` and its twin, which differs in one fact only; both drawn, captioned with one wording.
 
-        kind: None takes a kind that suits the scene. A kind that does not suit it (only pairs can be swapped, only
-        counts and medium-sized single objects recounted) takes another scene, which is as fixed for (seed, split,
+        kind: None takes a kind that suits the scene. A kind that does not suit it (only pairs can be swapped or turned,
+        only counts and medium-sized single objects recounted) takes another scene, which is as fixed for (seed, split,
         index). The twin of a "train" scene is never a held-out combination. Raises InputError for another kind.
         """
         if kind is not None and kind not in get_args(TwinKind):
@@ -260,17 +262,21 @@ class EmojiScenes:
             kind = "swapped" if scene.kind == "pair" else "recounted" if may_recount else "recoloured"
             if recolour_number < _RECOLOURED_SHARE:
                 kind = "recoloured"
-        elif kind == "swapped" and scene.kind != "pair":
+        elif kind in ("swapped", "turned") and scene.kind != "pair":
             scene = self._sample(self._generator(index, _OTHER_SCENE), "pair")
         elif kind == "recounted" and not may_recount:
             scene = self._sample(self._generator(index, _OTHER_SCENE), "count")
-        twin_scene = {"swapped": self._swap, "recounted": self._recount, "recoloured": self._recolour}[kind](
-            scene, generator
-        )
+        change = {
+            "swapped": self._swap,
+            "recounted": self._recount,
+            "recoloured": self._recolour,
+            "turned": self._turn,
+        }
+        twin_scene = change[kind](scene, generator)
         wording = Wording.draw(generator)
         mention = True if kind == "recoloured" else None
         caption, twin_caption = (
-            write_caption(s, wording, mention, kind == "swapped", self.plain_share) for s in (scene, twin_scene)
+            write_caption(s, wording, mention, kind in ("swapped", "turned"), self.plain_share) for s in (scene, twin_scene)
         )
         return Twins(kind, scene, twin_scene, caption, twin_caption, self.draw(scene), self.draw(twin_scene))
 
@@ -282,6 +288,15 @@ class EmojiScenes:
             Placement(first.object, second.x, second.y, second.size),
         )
         return replace(scene, objects=scene.objects[::-1], placements=exchanged)
+
+    def _turn(self, scene: Scene, generator: np.random.Generator) -> Scene:
+        """The same pair along the other axis, in a new layout on the same background."""
+        flat = scene.relation in ("left of", "right of")
+        others: tuple[Relation, ...] = ("above", "below") if flat else ("left of", "right of")
+        choice, *numbers = generator.random(_NUMBERS).tolist()
+        relation = others[int(choice * 2)]
+        placements = place_pair((scene.objects[0], scene.objects[1]), relation, iter(numbers))
+        return replace(scene, relation=relation, placements=placements)
 
     def _recount(self, scene: Scene, generator: np.random.Generator) -> Scene:
         """Another number of the object, 1 to 4, in a new layout on the same background."""

@@ -23,9 +23,9 @@ class DataConfig:
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
     seed: of the data order.
     workers: processes that prepare batches; 0 prepares them in the training process.
-    hard_negatives: share of a CLIP batch that comes as scenes with their twins (swapped, recounted, recoloured); other
-        sources have no twins and ignore it.
-    twin_shares: how often a twin is swapped, recounted or recoloured; places are what CLIP learns last.
+    hard_negatives: share of a CLIP batch that comes as scenes with their twins (swapped, recounted, recoloured, turned);
+        other sources have no twins and ignore it.
+    twin_shares: how often a twin is swapped, recounted, recoloured or turned; places are what CLIP learns last.
     plain_batches: number of batches at the start whose twins tell places by "left of" and "above" nearly always.
     crop: of pictures from a folder or shards: "centre", "stage_1" (the dVAE's random crops and flips) or "stage_2" (the
         transformer's near-centre crops without flips, since captions mention sides; 2102.12092, A.2 and B.2).
@@ -42,7 +42,7 @@ class DataConfig:
     seed: int = 0
     workers: int = 0
     hard_negatives: float = 0.0
-    twin_shares: list[float] = field(default_factory=lambda: [0.5, 0.4, 0.1])
+    twin_shares: list[float] = field(default_factory=lambda: [0.35, 0.3, 0.1, 0.25])
     plain_batches: int = 0
     crop: str = "centre"
     embeddings: str = ""
@@ -226,6 +226,6 @@ def check(recipe: Recipe) -> None:
             f'data.embeddings is "{recipe.data.embeddings}", but the stage {recipe.stage} reads none; leave it empty.'
         )
     shares = recipe.data.twin_shares
-    numbers = len(shares) == 3 and all(isinstance(share, int | float) and 0 <= share < math.inf for share in shares)
+    numbers = len(shares) == 4 and all(isinstance(share, int | float) and 0 <= share < math.inf for share in shares)
     if not numbers or sum(shares) <= 0:
-        raise InputError(f"data.twin_shares is {shares}; it must be three numbers, 0 or above and not all 0.")
+        raise InputError(f"data.twin_shares is {shares}; it must be four numbers, 0 or above and not all 0.")
