@@ -1,0 +1,133 @@
+"""The verbs that measure a CLIP: `genpipe evaluate zero-shot | retrieval | clip`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genpipe.errors import InputError
+from pipelines.classify_commands import (
+    ClassesFileOption,
+    ClassesOption,
+    ClassifierOption,
+    TemplatesOption,
+    chosen_classes,
+    chosen_templates,
+    ready_classifier,
+    refuse_double,
+)
+from pipelines.options import ClipOption, DeviceOption, JsonOption
+from pipelines.terminal import moving, progress_bar, say, show
+
+evaluate = typer.Typer(
+    help="Measure a CLIP.", no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Give the command these verbs."""
+    app.add_typer(evaluate, name="evaluate")
+
+
+@evaluate.command("zero-shot")
+def evaluate_zero_shot(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="A folder with one sub-folder of pictures per class, a CSV, TSV or JSONL file (columns image, label), "
+            "or the word scenes for held-out emoji scenes.",
+            show_default=False,
+        ),
+    ],
+    classes: ClassesOption = None,
+    classes_file: ClassesFileOption = None,
+    classifier: ClassifierOption = None,
+    templates: TemplatesOption = None,
+    confusion: Annotated[
+        Path | None, typer.Option(help="Write the confusion matrix to this PNG file.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option(help="Single-object scenes, where DATA is scenes.")] = 1000,
+    clip: ClipOption = "nano",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Zero-shot accuracy on labelled pictures: top-1, top-5, per class, and which class is taken for which."""
+    from pipelines import request
+
+    request.check_positive("The number of scenes", count)
+    refuse_double(classifier, classes=classes, classes_file=classes_file, templates=templates)
+    names = chosen_classes(classes, classes_file, needed=False)
+    texts = chosen_templates(templates, clip)
+    scenes = data == "scenes" and not Path(data).exists()
+    if scenes and (names or classifier):
+        raise InputError("The scenes have classes of their own; leave out --classes, --classes-file and --classifier.")
+    from genpipe.data.labelled import LabelledPictures
+    from genpipe.data.scenes import find_font
+
+    labelled = None
+    if scenes:
+        find_font()
+    elif classifier is None:
+        labelled = LabelledPictures(data, names)
+    from genpipe.clip.zero_shot import load_classifier
+    from genpipe.evaluation import zero_shot
+    from pipelines.devices import choose_device
+    from pipelines.ranking import load_clip
+
+    loaded = load_classifier(classifier) if classifier is not None else None
+    if loaded is not None:
+        labelled = LabelledPictures(data, loaded.names)
+    model = load_clip(clip).to(choose_device(device))
+    if labelled is None:
+        figures = zero_shot.zero_shot_of_scenes(model, texts, count)
+    else:
+        ready = ready_classifier(model, loaded, labelled.names, texts)
+        texts = ready.templates
+        with progress_bar("classifying") as bar:
+            figures = zero_shot.evaluate(model, ready, labelled, report=moving(bar))
+        if figures.skipped:
+            say("skipped", str(labelled.report()))
+    if confusion is not None:
+        zero_shot.save_confusion(figures, confusion)
+    if as_json:
+        show(json.dumps({"clip": clip, "templates": list(texts), **figures.to_json()}, indent=2))
+    else:
+        show(figures.to_text())
+
+
+@evaluate.command("retrieval")
+def evaluate_retrieval(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help='Shards, a folder or list of captioned pictures, or "scenes".', show_default=False
+        ),
+    ],
+    clip: ClipOption = "nano",
+    count: Annotated[int | None, typer.Option(help="Take the first N pairs.", show_default="all")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Recall@1, 5, 10 and median rank of pictures among captions and of captions among pictures."""
+    from pipelines import request
+
+    if count is not None:
+        request.check_positive("The number of pairs", count)
+    from genpipe.evaluation.retrieval import open_source, retrieval_figures
+    from pipelines.devices import choose_device
+    from pipelines.ranking import load_clip
+
+    model = load_clip(clip).to(choose_device(device))
+    source = open_source(model, data, count)
+    figures = retrieval_figures(model, source.pairs)
+    if source.report.skipped:
+        say("skipped", source.report)
+    if as_json:
+        show(json.dumps({"data": data, "clip": clip, **figures, "skipped": source.report.skipped}, indent=2))
+        return
+    for way in ("picture_to_caption", "caption_to_picture"):
+        figure = ", ".join(f"{name} {value:.3f}" for name, value in figures[way].items())
+        show(f"{way.replace('_', ' ')}: {figure}")
+    show(f"{figures['pairs']:,} pairs, {figures['distinct_captions']:,} distinct captions")
