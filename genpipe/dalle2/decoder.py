@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
 from genpipe.dalle2.losses import PREDICTION_TYPES
 from genpipe.errors import InputError
+from genpipe.images import signed_to_unit
 
 EMBEDDING_SCALES = ("unit", "raw")
 
@@ -59,6 +61,9 @@ class Decoder(ModelMixin, ConfigMixin):
         clip_identity: `genpipe.identity.weights_identity` of the CLIP it was trained beside; None: unknown.
     Raises InputError for sizes that do not fit.
     """
+
+    # What a pipeline asks of any decoder, see pipelines.protocols.
+    reads_image, null_picture, fills = True, False, False
 
     @register_to_config
     def __init__(
@@ -106,12 +111,32 @@ class Decoder(ModelMixin, ConfigMixin):
         self.text_norm = nn.LayerNorm(context_width)
         self.null_image_embedding = nn.Parameter(torch.zeros(clip_width))
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of what is denoised: the picture itself."""
+        return (3, self.config.resolution, self.config.resolution)
+
+    @property
+    def resolution_of_pixels(self) -> int:
+        """Side of the drawn pictures."""
+        return self.config.resolution
+
+    @property
+    def clamp(self) -> float:
+        """Largest absolute value of x_0."""
+        return 1.0
+
+    def to_pixels(self, x_0: Tensor) -> Tensor:
+        """What was denoised (R, 3, H, W) -> pixels (R, 3, H, W) in [0, 1]."""
+        return signed_to_unit(x_0).clamp(0, 1)
+
     def scaled(self, embedding: Tensor) -> Tensor:
         """CLIP's embedding (B, D) as this decoder takes it, see `embedding_scale`."""
         if self.config.embedding_scale == "raw":
             return embedding
         return F.normalize(embedding.float(), dim=-1) * self.config.clip_width**0.5
 
+    @apply_forward_hook
     def condition(
         self,
         image_embedding: Tensor | None,
@@ -140,6 +165,7 @@ class Decoder(ModelMixin, ConfigMixin):
         mask = F.pad(text_mask.bool(), (self.config.num_context_tokens, 0), value=True)  # B, K + L
         return DecoderCondition(time, torch.cat([extra, text], dim=1), mask)
 
+    @apply_forward_hook
     def denoise(self, x_t: Tensor, t: Tensor, condition: DecoderCondition) -> Tensor:
         """x_t (B, 3, H, W), t (B,) or scalar -> prediction (B, 3, H, W), or (B, 6, H, W) with learned variance."""
         patch = self.config.patch_size
