@@ -26,8 +26,9 @@ from genpipe.data.tar_index import index_shard, picture_crc
 from genpipe.errors import InputError
 from genpipe.identity import weights_identity
 from genpipe.parts import load_part
+from genpipe.training.batches import BatchStream
 from genpipe.training.config import DataConfig, OptimizerConfig, Recipe, RunConfig, check
-from genpipe.training.data import BatchStream, check_embeddings, check_source, first_embeddings
+from genpipe.training.data import check_embeddings, check_source, first_embeddings
 from genpipe.training.decoder_stage import DecoderStage
 from genpipe.training.embed import embed
 from genpipe.training.loop import Trainer

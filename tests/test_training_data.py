@@ -6,21 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_recipes import tiny_recipe, write_pictures, write_shards
 
+from genpipe.data.samples import Report
 from genpipe.data.scenes import EmojiScenes, Scene, is_held_out
 from genpipe.errors import InputError
+from genpipe.training.batches import BatchStream, SceneBatches
 from genpipe.training.config import DataConfig, Recipe
-from genpipe.training.data import (
-    Batch,
-    BatchStream,
-    SceneBatches,
-    captions_of,
-    check_source,
-    is_shards,
-    pairs_of,
-    twin_pairs,
-)
+from genpipe.training.data import Batch, captions_of, check_source, is_shards, pairs_of, twin_pairs
 from genpipe.training.validation import Validation
 
 
@@ -158,6 +152,53 @@ def test_what_could_not_be_read_is_reported(tmp_path: Path) -> None:
     stream = BatchStream(recipe_of(str(shards)), collate, seen=0, count=3)
     assert len(list(stream)) == 3 and set(stream.report().skipped) == {"no caption", "picture cannot be read"}
     assert BatchStream(recipe_of("scenes"), collate, seen=0, count=1).report().skipped == {}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_all_processes_and_their_workers_skip_is_counted_once(tmp_path: Path, workers: int) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 24)
+    for number in range(0, 24, 5):
+        (pictures / f"{number:02}.png").write_bytes(b"no picture")
+    (pictures / "07.txt").unlink()
+    expected = {"no caption": 1, "picture cannot be read": 5}
+    for source in (pictures, write_shards(tmp_path / "shards", pictures, 4)):
+        recipe = recipe_of(str(source), workers=workers)
+        total = Report()
+        for seen, count in ((0, 11), (22, 9)):  # of two processes, twice: 80 pairs, each process several epochs
+            for rank in range(2):
+                stream = BatchStream(recipe, collate, seen=seen, count=count, rank=rank, world=2)
+                assert len(list(stream)) == count
+                total.add(stream.report())
+        assert (total.read, total.skipped) == (80, expected), source
+        assert "no caption (first: " in str(total)
+
+
+def test_an_error_in_a_worker_keeps_its_one_sentence(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 3)
+    for path in pictures.glob("*.png"):
+        path.write_bytes(b"no picture")
+    sentence = r"^No sample can be read from the 2 shards like .*3 picture cannot be read.*\.$"
+    for workers in (0, 1):
+        recipe = recipe_of(str(write_shards(tmp_path / f"shards{workers}", pictures)), workers=workers)
+        with pytest.raises(InputError, match=sentence):
+            BatchStream(recipe, collate, seen=0, count=1)
+
+
+def test_several_sources_give_their_shares(sources: dict[str, str], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(30):
+        Image.new("RGB", (16, 16)).save(other / f"{number}.png")
+        (other / f"{number}.txt").write_text("black")
+    joined = f"{sources['shards']}=1::{write_shards(tmp_path / 'others', other, 1)}=3"
+    check_source(DataConfig(source=joined, validation=joined))
+    assert [caption for _, caption in pairs_of(joined, 16, 8)].count("black") == 6
+    assert captions_of(DataConfig(source=joined, size=16), 8).count("black") == 6
+    words = torch.cat([batch["words"] for batch in BatchStream(recipe_of(joined), collate, seen=0, count=100)])
+    assert 0.65 < float((words == sum(b"black")).float().mean()) < 0.85
+    for bad, complaint in ((f"{joined}::{sources['folder']}", "is no webdataset shards"), (f"{joined}0x", "a weight")):
+        with pytest.raises(InputError, match=complaint):
+            check_source(DataConfig(source=bad))
 
 
 def test_sources_are_told_apart_and_checked(sources: dict[str, str], tmp_path: Path) -> None:

@@ -96,6 +96,10 @@ class ImageTextFolder:
             return crop(picture, self.crop, generator), self.captions[place]
         raise InputError(f"None of the {len(self)} pictures can be read ({self._report}).")
 
+    def is_broken(self, index: int) -> bool:
+        """Whether the picture `index` turned out to be broken when it was read."""
+        return index in self._broken
+
     def report(self) -> Report:
         """Counts so far, of this process."""
         return self._report

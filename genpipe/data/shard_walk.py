@@ -27,6 +27,9 @@ class Walk:
     """The order in which one rank reads the shards of one source: group after group of `mix` shards, without end.
 
     With `embeddings` a sample without a stored one counts as broken.
+
+    A broken sample is added to `report` when its own turn comes in the first epoch, and never again. Every shard is one
+    rank's in that epoch, so all ranks together, and a run with its resumed rest, count each once.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Walk:
         self.paths, self.seed, self.rank, self.world, self.mix = paths, seed, rank, world, mix
         self.max_pixels = max_pixels
         self.report = report
+        self.found = Report()  # everything that was met, as often as it was met
         self.embeddings = embeddings
         self.share = max(1, len(paths[rank::world]))  # shards per epoch
         self.epoch, self.own = -1, np.empty(0, dtype=np.int64)  # the shards of this rank in the epoch last asked for
@@ -64,10 +68,30 @@ class Walk:
 
     def read(self) -> Raw:
         """The sample at this place, or its replacement where it is broken."""
-        while self.place >= len(self._pool(self.group).entries):
+        while True:
+            pool = self._pool(self.group)
+            if self.place == 0 and self._counts():
+                self.report.add(pool.headers)
+            if self.place < len(pool.entries):
+                break
             self._next_group()
-        place = self.place
+        sample = self._sound(self.place)
+        reason = pool.reason(self.place)
+        if reason is not None and self._counts():
+            self.report.skip(*reason)
         self.place += 1
+        return sample
+
+    def _counts(self) -> bool:
+        """Whether what is broken in this group is for this rank to count, now."""
+        return self.group < self._groups_per_epoch and self.rank < len(self.paths)
+
+    @property
+    def _groups_per_epoch(self) -> int:
+        return -(-self.share // self.mix)
+
+    def _sound(self, place: int) -> Raw:
+        """The sample at a place of the group at work, or the first sound one after it."""
         group = self.group
         while True:
             members = self._members(group)
@@ -86,7 +110,7 @@ class Walk:
         self.pools.clear()
 
     def _members(self, group: int) -> list[Path]:
-        epoch, chunk = divmod(group, -(-self.share // self.mix))
+        epoch, chunk = divmod(group, self._groups_per_epoch)
         if epoch != self.epoch:
             order = np.random.default_rng((*self.seed, _SHARDS, epoch)).permutation(len(self.paths))
             self.epoch = epoch
@@ -108,9 +132,8 @@ class Walk:
             indexes = [index_shard(path) for path in self._members(group)]
             for index in indexes:
                 self._note(index)
-                count_broken(index, self.report)
             generator = np.random.default_rng((*self.seed, _SAMPLES, self.rank, group))
-            self.pools[group] = _Pool(indexes, generator, self.max_pixels, self.report, self.embeddings)
+            self.pools[group] = _Pool(indexes, generator, self.max_pixels, self.found, self.embeddings)
         return self.pools[group]
 
     def _next_group(self) -> None:
@@ -123,7 +146,7 @@ class Walk:
     def _check_fruitful(self) -> None:
         if len(self.barren) == len(self.paths):
             raise InputError(
-                f"No sample can be read from the {len(self.paths)} shards like {str(self.paths[0])!r} ({self.report})."
+                f"No sample can be read from the {len(self.paths)} shards like {str(self.paths[0])!r} ({self.found})."
             )
 
 
@@ -135,15 +158,19 @@ class _Pool:
         indexes: list[ShardIndex],
         generator: np.random.Generator,
         max_pixels: int,
-        report: Report,
+        found: Report,
         stored: StoredEmbeddings | None,
     ) -> None:
         self.paths = [index.path for index in indexes]
         self.entries = [(number, entry) for number, index in enumerate(indexes) for entry in index.entries]
         self.order = generator.permutation(len(self.entries))
         self.max_pixels = max_pixels
-        self.report = report
-        self.broken: set[int] = set()
+        self.headers = Report()  # what the headers show to be broken
+        for index in indexes:
+            count_broken(index, self.headers)
+        self.found = found
+        self.found.add(self.headers)
+        self.broken: dict[int, str] = {}  # entry -> reason
         self.files: dict[int, IO[bytes]] = {}
         self.stored = stored
         self.embeddings: dict[int, ShardEmbeddings] = {}
@@ -163,9 +190,18 @@ class _Pool:
                 embedding = None if self.stored is None else self._embeddings(shard, self.stored).of(file, entry)
                 return Raw(*read_entry(file, entry, self.max_pixels), embedding)
             except BrokenSample as error:
-                self.broken.add(number)
-                self.report.skip(error.reason, f"{self.paths[shard].name} {entry.key}")
+                self.broken[number] = error.reason
+                self.found.skip(error.reason, self._where(number))
         return None
+
+    def reason(self, place: int) -> tuple[str, str] | None:
+        """Why the sample at `place`, once read, is broken, and which it is; None for a sound one."""
+        number = int(self.order[place])
+        return (self.broken[number], self._where(number)) if number in self.broken else None
+
+    def _where(self, number: int) -> str:
+        shard, entry = self.entries[number]
+        return f"{self.paths[shard].name} {entry.key}"
 
     def close(self) -> None:
         for file in self.files.values():

@@ -1,7 +1,9 @@
 """Endless, exactly resumable streams of captioned pictures from webdataset shards in img2dataset's (LAION's) layout."""
 
 import itertools
+import math
 import os
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -22,13 +24,16 @@ Urls = str | Path | Sequence[str | Path]
 
 _CROP, _SOURCES = 2, 3  # independent streams of random numbers; shard_walk.py has the others
 _BLOCK = 4096  # positions whose sources are drawn at once
+_JOINT = "::"  # between sources
+_WEIGHTED = re.compile(r"(?P<place>.*)=(?P<weight>[^=/]*)")
 
 
 class Shards:
     """An endless stream of pairs from webdataset shards (tars of key.jpg | png | webp, key.txt, key.json).
 
     `urls`: tar files of this computer, with brace expansion ("laion/{00000..00099}.tar"), a folder of them, or a list
-    of these; or a list of (urls, weight): each pair comes from a source with a probability proportional to its weight.
+    of these; or a list of (urls, weight), or one string of several sources (see `weighted_sources`): each pair comes
+    from a source with a probability proportional to its weight.
 
     Order. In every epoch the shards of a source are shuffled and dealt to the `world` ranks; a rank shuffles the
     samples of `mix` of its shards together. All of it follows from (seed, rank, world). The stream never ends, so ranks
@@ -134,7 +139,7 @@ class Shards:
                     yield self._cut(picture, next(position)), caption
 
     def report(self) -> Report:
-        """Counts so far, of this process: a broken sample counts each time the stream comes by it."""
+        """Counts so far, of this process: pairs each time, a broken sample once, when its turn comes in epoch one."""
         return self._report
 
     def _cut(self, picture: Image.Image, position: int) -> np.ndarray:
@@ -142,14 +147,56 @@ class Shards:
         return crop(picture, self.crop, generator)
 
 
+def weighted_sources(text: str) -> list[tuple[str, float]]:
+    """`laion/{00000..00099}.tar=3::cc12m=1` -> the places of the sources with their weights, 1 where none is given.
+
+    A file or folder that exists is one place, whatever its name looks like. Raises InputError for an empty place, for a
+    weight that is no number above 0, and for a place that is joined to others but is no shards.
+    """
+    pieces, found = _pieces(text), []
+    for place, number in pieces:
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not place or not 0 < weight < math.inf:
+            raise InputError(
+                f'The source "{text}" needs a place and a weight above 0 between each "::", as in '
+                "laion/{00000..00099}.tar=3::cc12m/{00000..00031}.tar=1."
+            )
+        if len(pieces) > 1 and not _holds_shards(place):
+            raise InputError(f'"{place}" is no webdataset shards (*.tar), and only such can be joined by "::".')
+        found.append((place, weight))
+    return found
+
+
+def is_shards(source: str) -> bool:
+    """Whether a data source names webdataset shards; of several sources joined by "::", all must, and are taken to."""
+    pieces = _pieces(source)
+    return len(pieces) > 1 or _holds_shards(pieces[0][0])
+
+
+def _pieces(text: str) -> list[tuple[str, str]]:
+    """Places and their weights, as they are written."""
+    found = []
+    for piece in [text] if os.path.exists(text) else text.split(_JOINT):
+        match = None if piece.endswith(".tar") or os.path.exists(piece) else _WEIGHTED.fullmatch(piece)
+        found.append((match["place"], match["weight"]) if match else (piece, "1"))
+    return found
+
+
+def _holds_shards(place: str) -> bool:
+    return place.endswith(".tar") or (os.path.isdir(place) and any(Path(place).glob("*.tar")))
+
+
 def expand_shards(urls: Urls) -> list[Path]:
-    """Brace expressions, folders (their *.tar, sorted) and files -> shard files, each once.
+    """Brace expressions, folders (their *.tar, sorted) and files -> shard files, each once; weights do not matter here.
 
     Raises InputError for addresses of other computers, compressed or missing files and where nothing is found.
     """
     items = [urls] if isinstance(urls, str | Path) else list(urls)
     paths: list[Path] = []
-    for item in map(str, items):
+    for item in (place for text in map(str, items) for place, _ in weighted_sources(text)):
         if "://" in item or item.startswith("pipe:"):
             raise InputError(f"The shards {item!r} are not on this computer; download them first.")
         if os.path.isdir(item):
@@ -173,8 +220,10 @@ def expand_shards(urls: Urls) -> list[Path]:
 
 
 def _weighted(urls: Urls | Sequence[tuple[Urls, float]]) -> list[tuple[Urls, float]]:
-    """Sources with their weights; everything is one source where none has a weight."""
-    if isinstance(urls, str | Path):
+    """Sources with their weights; a list of addresses is one source where none has a weight."""
+    if isinstance(urls, str):
+        return list(weighted_sources(urls))
+    if isinstance(urls, Path):
         return [(urls, 1.0)]
     plain = [item for item in urls if isinstance(item, str | Path)]
     if len(plain) == len(urls):

@@ -36,9 +36,8 @@ def run(recipe: str, overrides: list[str], minutes: float | None, out: Path | No
     trainer.accelerator.end_training()
     if trainer.main:
         steps = resolved.run.steps
-        report = trainer.stream.report()
-        if report.skipped:
-            print(f"data: {report}", file=sys.stderr)
+        if result.report.read:
+            print(f"data: {result.report}", file=sys.stderr)
         if result.step < steps:
             print(
                 f"stopped at step {result.step} of {steps}; the same command goes on from {result.checkpoint}",

@@ -18,7 +18,9 @@ class DataConfig:
     """Where captioned pictures come from.
 
     source: "scenes" (emoji scenes drawn on the fly), a folder / CSV / JSONL of pictures with captions, or webdataset
-        shards (a path with brace expansion that ends in .tar, or a folder of tars).
+        shards (a path with brace expansion that ends in .tar, or a folder of tars). Several sources of shards are
+        joined by "::", each with its weight, 1 if none is given: "laion/{00000..00099}.tar=3::cc12m=1" takes three
+        pairs of four from the first, however large either is, and reads the smaller one more often.
     size: side of the training picture in pixels.
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
     seed: of the data order.

@@ -9,7 +9,7 @@ that accumulates twice.
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm.auto import tqdm
 
+from genpipe.data.samples import Report
 from genpipe.errors import InputError
 from genpipe.images import save_png
 from genpipe.parts import save_part
+from genpipe.training.batches import BatchStream
 from genpipe.training.checkpoint import Checkpoint, load_checkpoint, newest, save_checkpoint
 from genpipe.training.config import Recipe, check
-from genpipe.training.data import BatchStream, check_source
+from genpipe.training.data import check_source
 from genpipe.training.interrupts import stop_on_interrupt
 from genpipe.training.log import Log
 from genpipe.training.optimizer import adamw, learning_rate
@@ -39,6 +41,8 @@ class TrainResult:
 
     step: updates made; part: folder of the averaged part; checkpoint: to resume from; figures: those logged last;
     interrupted: whether Ctrl-C or SIGTERM ended it before its last step.
+    report: pairs read by all processes since the run began, and each broken sample that they met, once; emoji scenes
+    are not counted.
     """
 
     step: int
@@ -46,6 +50,7 @@ class TrainResult:
     checkpoint: Path | None
     figures: dict[str, float]
     interrupted: bool
+    report: Report = field(default_factory=Report)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -112,6 +117,7 @@ class Trainer:
         self.state = State(self.stage.model, self.optimizer, recipe.run.ema_decay)
         self.figures: dict[str, float] = {}
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        self.read_before = Report(**kept.record.get("data", {})) if kept is not None else Report()
         if kept is not None:
             self.state.restore(kept)
             self.figures |= kept.record.get("figures", {})
@@ -132,11 +138,20 @@ class Trainer:
                 "back, choose another --out folder, or start anew with --no-resume."
             )
 
+    def _report(self) -> Report:
+        """What all processes have read in this run and in those that it resumes."""
+        total = Report()
+        for report in (self.read_before, *gather_object([self.stream.report()])):
+            total.add(report)
+        return total
+
     def _save(self) -> None:
         """Checkpoint for resuming, and the averaged weights as the pipelines load them."""
         self._check_finite()
+        report = asdict(self._report())
         if self.main:
             record = {"recipe": self.recipe.to_dict(), "fingerprint": self.fingerprint, "figures": self.figures}
+            record["data"] = report
             self.checkpoint = save_checkpoint(self.folder / CHECKPOINTS, self.state.checkpoint(record))
             self._save_part()
         self.accelerator.wait_for_everyone()
@@ -188,7 +203,7 @@ class Trainer:
                 if interrupted or late:
                     break
         part, interrupted = self.folder / self.stage.part, interrupted and state.step < run.steps
-        return TrainResult(state.step, part, self.checkpoint, dict(self.figures), interrupted)
+        return TrainResult(state.step, part, self.checkpoint, dict(self.figures), interrupted, self._report())
 
     def _agreed(self, *flags: bool) -> list[bool]:
         """Each flag, if any process raises it: all of them stop and save after the same step."""
@@ -241,6 +256,9 @@ class Trainer:
         values = {name: float(value) for name, value in figures.items()}
         values["learning_rate"] = learning_rate(self.recipe.optimizer, self.state.step - 1, self.recipe.run.steps)
         values["pictures_per_second"] = log.rate()
+        report = self._report()
+        if report.read:
+            values["skipped"] = float(sum(report.skipped.values()))
         self.figures |= values
         log.write(self.state.step, values)
         bar.set_postfix(loss=f"{values['loss']:.4f}", pictures_per_s=f"{values['pictures_per_second']:.0f}")
