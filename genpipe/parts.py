@@ -50,7 +50,7 @@ def save_part(
         config[FORMAT_KEY] = FORMAT_VERSION
         config.pop("_name_or_path", None)  # where it was loaded from is no part of it
         (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in fresh.iterdir():
+        for path in filter(Path.is_file, fresh.rglob("*")):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         if target.exists():

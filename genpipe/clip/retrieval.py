@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from genpipe.clip.embedding_cache import (
     EmbeddingTable,
@@ -191,8 +192,12 @@ def top_k_by_faiss(embeddings: np.ndarray, queries: np.ndarray, k: int) -> tuple
 
 def read_for_clip(clip: CLIP, path: str | os.PathLike[str]) -> torch.Tensor:
     """A picture file of any kind and size -> pixels (3, H, W) in [0, 1] at CLIP's size; raises InputError."""
-    picture = shrink(open_picture(Path(path)), max(clip.image_size))
-    return clip.fit_pixels(to_unit([picture]))[0]
+    return fit_for_clip(clip, open_picture(Path(path)))
+
+
+def fit_for_clip(clip: CLIP, picture: Image.Image) -> torch.Tensor:
+    """A picture of any size -> pixels (3, H, W) in [0, 1] at CLIP's size."""
+    return clip.fit_pixels(to_unit([shrink(picture, max(clip.image_size))]))[0]
 
 
 def _embed_files(

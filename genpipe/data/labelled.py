@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,8 +20,10 @@ from genpipe.picture_files import PICTURE_EXTENSIONS
 
 PICTURE_COLUMNS = ("image", "file_name", "path")
 LABEL_COLUMNS = ("label", "class")
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")
 MAX_NAME = 200  # characters of a class name; a longer one is a line of something else
 
+Columns = Mapping[str, Sequence[str]]  # what a list must say of each picture -> the names its column may have
 Read = TypeVar("Read")
 
 
@@ -55,7 +57,7 @@ class LabelledPictures:
         if not rows:
             raise InputError(f"{str(root)!r} has no picture with a label ({self._left_out}).")
         if classes is None:
-            self.names = check_class_names(sorted({_spaced(row.label) for row in rows}))
+            self.names = check_class_names(sorted({spaced(row.label) for row in rows}))
         else:
             self.names = check_class_names(classes)
         numbers = {class_key(name): number for number, name in enumerate(self.names)}
@@ -105,7 +107,7 @@ class LabelledPictures:
 
 def class_key(name: str) -> str:
     """What makes two names one class: letters regardless of case, underscores read as spaces."""
-    return _spaced(name).casefold()
+    return spaced(name).casefold()
 
 
 def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -143,7 +145,8 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
 # Sources --------------------------------------------------------------------------------------------------------------
 
 
-def _spaced(label: str) -> str:
+def spaced(label: str) -> str:
+    """A label as a class name is shown: underscores and doubled spaces read as one space."""
     return " ".join(label.replace("_", " ").split())
 
 
@@ -171,38 +174,52 @@ def _in_folders(root: Path, left_out: Report) -> list[_Row]:
 
 def _listed(file: Path, left_out: Report) -> list[_Row]:
     """The pictures that a CSV, TSV or JSONL file names; every one must be there."""
-    kind = file.suffix.lower()
-    if kind not in (".csv", ".tsv", ".jsonl"):
-        raise InputError(f"{str(file)!r} is neither a folder of class folders nor a list (.csv, .tsv, .jsonl).")
-    text = _read_text(file)
-    delimiter = "\t" if kind == ".tsv" else ","
     rows = []
-    for line, record in _json_records(file, text) if kind == ".jsonl" else _table_records(file, text, delimiter):
-        picture, label = (_column(file, line, record, known) for known in (PICTURE_COLUMNS, LABEL_COLUMNS))
+    for line, (picture, label) in listed_rows(file, {"the picture": PICTURE_COLUMNS, "its label": LABEL_COLUMNS}):
         if not label:
             left_out.skip("no label", f"line {line} of {str(file)!r}")
             continue
         rows.append(_Row(file.parent / picture, label, f"line {line} of {str(file)!r}"))
-    missing = [row for row in rows if not os.path.isfile(row.path)]
-    if missing:
-        raise InputError(
-            f"{len(missing):,} pictures named in {str(file)!r} are missing, the first is {str(missing[0].path)!r}."
-        )
+    check_present(file, [row.path for row in rows])
     return rows
 
 
-def _table_records(file: Path, text: str, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def listed_rows(file: Path, columns: Columns) -> Iterator[tuple[int, list[str]]]:
+    """(line, one value for each of `columns`) of a CSV, TSV or JSONL file; each kind has the names it may go by.
+
+    Raises InputError, naming file and line, for other files, what cannot be read, and missing columns.
+    """
+    kind = file.suffix.lower()
+    if kind not in LIST_SUFFIXES:
+        raise InputError(f"{str(file)!r} is neither a folder of class folders nor a list (.csv, .tsv, .jsonl).")
+    text = _read_text(file)
+    delimiter = "\t" if kind == ".tsv" else ","
+    records = _json_records(file, text, columns) if kind == ".jsonl" else _table_records(file, text, delimiter, columns)
+    for line, record in records:
+        yield line, [_column(file, line, record, known) for known in columns.values()]
+
+
+def check_present(file: Path, paths: Sequence[Path]) -> None:
+    """Raise InputError unless all pictures that a list names are there."""
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise InputError(
+            f"{len(missing):,} pictures named in {str(file)!r} are missing, the first is {str(missing[0])!r}."
+        )
+
+
+def _table_records(file: Path, text: str, delimiter: str, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         names = {name: name.strip().lower() for name in reader.fieldnames or () if name}
-        _check_columns(file, 1, set(names.values()))  # a list without rows too
+        _check_columns(file, 1, set(names.values()), columns)  # a list without rows too
         for row in reader:
             yield reader.line_num, {short: row[name] for name, short in names.items()}
     except csv.Error as error:
         raise InputError(f"The row after line {reader.line_num} of {str(file)!r} cannot be read: {error}.") from error
 
 
-def _json_records(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_records(file: Path, text: str, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
             continue
@@ -211,16 +228,14 @@ def _json_records(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]
         except (ValueError, RecursionError) as error:
             raise InputError(f"Line {line} of {str(file)!r} is not valid JSON: {error}.") from error
         record = record if isinstance(record, dict) else {}
-        _check_columns(file, line, set(record))
+        _check_columns(file, line, set(record), columns)
         yield line, record
 
 
-def _check_columns(file: Path, line: int, names: set[str]) -> None:
-    if not names.intersection(PICTURE_COLUMNS) or not names.intersection(LABEL_COLUMNS):
-        raise InputError(
-            f"{str(file)!r} (line {line}) needs a column {', '.join(PICTURE_COLUMNS)} for the picture and a column "
-            f"{', '.join(LABEL_COLUMNS)} for its label; it has {', '.join(sorted(names)) or 'none'}."
-        )
+def _check_columns(file: Path, line: int, names: set[str], columns: Columns) -> None:
+    if not all(names.intersection(known) for known in columns.values()):
+        needed = " and ".join(f"a column {', '.join(known)} for {what}" for what, known in columns.items())
+        raise InputError(f"{str(file)!r} (line {line}) needs {needed}; it has {', '.join(sorted(names)) or 'none'}.")
 
 
 def _column(file: Path, line: int, record: dict[str, Any], known: Sequence[str]) -> str:

@@ -4,12 +4,13 @@ Nothing is extracted and nothing is executed: of all members only pictures, capt
 """
 
 import io
+import json
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
@@ -32,12 +33,13 @@ class Member(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One sample of a shard: its picture, and its caption as plain text or inside JSON."""
+    """One sample of a shard: its picture, its caption as plain text or inside JSON, and the JSON that it may have."""
 
     key: str
     picture: Member
     caption: Member
     caption_is_json: bool
+    record: Member | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _entry(key: str, members: dict[str, Member]) -> Entry | None:
     caption = members.get("txt") or members.get("json")
     if picture is None or caption is None:
         return None
-    return Entry(key, picture, caption, "txt" not in members)
+    return Entry(key, picture, caption, "txt" not in members, members.get("json"))
 
 
 def _members(path: Path) -> Iterator[tuple[str, Member]]:
@@ -113,12 +115,28 @@ def _members(path: Path) -> Iterator[tuple[str, Member]]:
 
 def read_entry(file: IO[bytes], entry: Entry, max_pixels: int = images.MAX_PIXELS) -> tuple[Image.Image, str]:
     """Picture and caption of one sample of the open shard `file`; raises BrokenSample."""
-    caption = read_caption(_read(file, entry.caption, CAPTION_LIMIT), entry.caption_is_json)
+    caption = read_text(file, entry)
     data = _read(file, entry.picture, MEMBER_LIMIT)
     try:
         return images.decode_picture(io.BytesIO(data), entry.key, max_pixels), caption
     except InputError as error:
         raise BrokenSample("picture cannot be read", str(error)) from error
+
+
+def read_text(file: IO[bytes], entry: Entry) -> str:
+    """The caption of one sample of the open shard `file`; raises BrokenSample."""
+    return read_caption(_read(file, entry.caption, CAPTION_LIMIT), entry.caption_is_json)
+
+
+def read_record(file: IO[bytes], entry: Entry) -> dict[str, Any]:
+    """What the JSON of one sample of the open shard `file` says, {} where it has none; raises BrokenSample."""
+    if entry.record is None:
+        return {}
+    try:
+        record = json.loads(_read(file, entry.record, CAPTION_LIMIT).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise BrokenSample("JSON cannot be read", str(error)) from error
+    return record if isinstance(record, dict) else {}
 
 
 def picture_crc(file: IO[bytes], entry: Entry) -> int:

@@ -38,7 +38,9 @@ def run(recipe: str, overrides: list[str], minutes: float | None, out: Path | No
         steps = resolved.run.steps
         if result.report.read:
             print(f"data: {result.report}", file=sys.stderr)
-        if result.step < steps:
+        if result.stopped_early:
+            print(f"stopped early at step {result.step} of {steps}: validation no longer got better", file=sys.stderr)
+        elif result.step < steps:
             print(
                 f"stopped at step {result.step} of {steps}; the same command goes on from {result.checkpoint}",
                 file=sys.stderr,

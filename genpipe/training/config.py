@@ -185,24 +185,29 @@ _ABOVE_0 = (
     "run.steps", "run.batch_size", "run.accumulate", "run.log_every", "run.validate_every", "data.size",
     "optimizer.learning_rate", "optimizer.clip_norm", "optimizer.epsilon", "objective.temperature",
     "objective.final_temperature", "objective.tokenizer_captions", "objective.repeats", "objective.crop",
-    "objective.timestep_shift",
+    "objective.timestep_shift", "objective.layer_decay",
 )  # fmt: skip
 _NOT_BELOW_0 = (
     "run.save_minutes", "run.save_every", "run.seed", "run.threads", "data.seed", "data.workers", "data.plain_batches",
     "optimizer.weight_decay", "optimizer.warmup_steps", "objective.temperature_steps", "objective.kl_weight",
     "objective.kl_steps", "objective.squared_error", "objective.warm_up_steps", "objective.twin_weight",
-    "objective.statistics_pairs", "objective.min_snr_gamma", "objective.bound_weight",
+    "objective.statistics_pairs", "objective.min_snr_gamma", "objective.bound_weight", "objective.patience",
+    "objective.tower_rate", "objective.cache_megabytes",
 )  # fmt: skip
 _FROM_0_TO_1 = (
     "data.hard_negatives", "optimizer.final_fraction", "objective.caption_dropout", "objective.degrade",
-    "objective.text_weight", "objective.text_dropout", "objective.image_dropout",
+    "objective.text_weight", "objective.text_dropout", "objective.image_dropout", "objective.layer_decay",
 )  # fmt: skip
-_FROM_0_BELOW_1 = ("run.ema_decay", "optimizer.beta_1", "optimizer.beta_2", "objective.bpe_dropout")
+_FROM_0_BELOW_1 = (
+    "run.ema_decay", "optimizer.beta_1", "optimizer.beta_2", "objective.bpe_dropout", "objective.validation_share",
+)  # fmt: skip
 _CHOICES = {
     "run.precision": ("auto", "bf16", "no"),
     "optimizer.decay": ("cosine", "linear", "constant"),
     "data.crop": ("centre", "stage_1", "stage_2"),
     "data.split": ("train", "heldout", "all"),
+    "objective.head": ("sum", "mlp", "transformer"),
+    "objective.class_weights": ("none", "inverse_frequency"),
 }
 _READ_EMBEDDINGS = ("decoder", "prior")  # stages that can do with stored embeddings of the pictures
 
@@ -221,7 +226,7 @@ def check(recipe: Recipe) -> None:
             if key in settings and not (math.isfinite(settings[key]) and holds(settings[key])):
                 raise InputError(f"{key} is {settings[key]}; it must be {words}.")
     for key, allowed in _CHOICES.items():
-        if settings[key] not in allowed:
+        if key in settings and settings[key] not in allowed:
             raise InputError(f'{key} is "{settings[key]}"; it must be one of {", ".join(allowed)}.')
     if recipe.data.embeddings and recipe.stage not in _READ_EMBEDDINGS:
         raise InputError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from tqdm.auto import tqdm
 
 from genpipe.data.samples import Report
@@ -40,7 +40,7 @@ class TrainResult:
     """Where a run stands.
 
     step: updates made; part: folder of the averaged part; checkpoint: to resume from; figures: those logged last;
-    interrupted: whether Ctrl-C or SIGTERM ended it before its last step.
+    interrupted: whether Ctrl-C or SIGTERM ended it before its last step; stopped_early: whether validation did.
     report: pairs read by all processes since the run began, and each broken sample that they met, once; emoji scenes
     are not counted.
     """
@@ -50,6 +50,7 @@ class TrainResult:
     checkpoint: Path | None
     figures: dict[str, float]
     interrupted: bool
+    stopped_early: bool = False
     report: Report = field(default_factory=Report)
 
 
@@ -105,6 +106,7 @@ class Trainer:
             count=steps_left * recipe.run.accumulate,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
+            own=self.stage.batches(),
         )
         if self.main:
             claim(folder, recipe, self.stage.part, own, fresh=kept is None)
@@ -112,15 +114,18 @@ class Trainer:
 
         for module in self.stage.frozen():
             module.to(self.accelerator.device)
-        self.optimizer = adamw(self.stage.model, recipe.optimizer)
+        self.optimizer = adamw(self.stage.model, recipe.optimizer, self.stage.rates())
         self.model, self.prepared = self.accelerator.prepare(self.stage.model.train(), self.optimizer)
         self.state = State(self.stage.model, self.optimizer, recipe.run.ema_decay)
+        self.stopping = self.stage.early_stopping()
         self.figures: dict[str, float] = {}
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         self.read_before = Report(**kept.record.get("data", {})) if kept is not None else Report()
         if kept is not None:
             self.state.restore(kept)
             self.figures |= kept.record.get("figures", {})
+            if self.stopping is not None:
+                self.stopping.restore(kept.record["stopping"])
 
     @property
     def main(self) -> bool:
@@ -152,8 +157,11 @@ class Trainer:
         if self.main:
             record = {"recipe": self.recipe.to_dict(), "fingerprint": self.fingerprint, "figures": self.figures}
             record["data"] = report
+            if self.stopping is not None:
+                record["stopping"] = self.stopping.record()
             self.checkpoint = save_checkpoint(self.folder / CHECKPOINTS, self.state.checkpoint(record))
-            self._save_part()
+            if self.stopping is None or self.stopping.step == 0:  # else the part holds the best weights, not these
+                self._save_part()
         self.accelerator.wait_for_everyone()
 
     def _save_part(self) -> None:
@@ -171,7 +179,7 @@ class Trainer:
         run, state = self.recipe.run, self.state
         started = saved = time.monotonic()
         interrupted = False
-        if state.step >= run.steps and self.main:
+        if state.step >= run.steps and self.main and self.stopping is None:
             self._save_part()  # a kill between the last checkpoint and this has no later chance
         bar = tqdm(
             total=run.steps,
@@ -182,7 +190,7 @@ class Trainer:
             mininterval=1.0,
         )
         with Log(self.folder, state.step, enabled=self.main) as log, stop_on_interrupt() as flag, bar:
-            while state.step < run.steps:
+            while state.step < run.steps and not self._over():
                 figures = self._update()
                 bar.update()
                 log.count(run.batch_size * run.accumulate * self.accelerator.num_processes)
@@ -191,6 +199,7 @@ class Trainer:
                     self._log(log, figures, bar)
                 if state.step % run.validate_every == 0 or last:
                     self._validate(log)
+                last = last or self._over()
                 now = time.monotonic()
                 interrupted, late, due = self._agreed(
                     bool(flag),
@@ -202,8 +211,12 @@ class Trainer:
                     saved = time.monotonic()
                 if interrupted or late:
                     break
-        part, interrupted = self.folder / self.stage.part, interrupted and state.step < run.steps
-        return TrainResult(state.step, part, self.checkpoint, dict(self.figures), interrupted, self._report())
+        early = self._over() and state.step < run.steps
+        part, interrupted = self.folder / self.stage.part, interrupted and state.step < run.steps and not early
+        return TrainResult(state.step, part, self.checkpoint, dict(self.figures), interrupted, early, self._report())
+
+    def _over(self) -> bool:
+        return self.stopping is not None and self.stopping.over
 
     def _agreed(self, *flags: bool) -> list[bool]:
         """Each flag, if any process raises it: all of them stop and save after the same step."""
@@ -269,12 +282,16 @@ class Trainer:
         if self.main:
             with self.state.averaged_weights():
                 figures, sample = self.stage.validate(), self.stage.sample()
+            if self.stopping is not None and self.stopping.improved(figures, self.state.step):
+                self._save_part()
             self.figures |= figures
             log.write(self.state.step, figures)
             save_png(sample, self.folder / "samples" / f"{self.state.step:08d}.png", {"step": self.state.step})
             tqdm.write(
                 f"step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), file=sys.stderr
             )
+        if self.stopping is not None and self.accelerator.num_processes > 1:
+            self.stopping.restore(broadcast_object_list([self.stopping.record()])[0])
         self.accelerator.wait_for_everyone()
 
 

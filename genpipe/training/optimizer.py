@@ -1,6 +1,7 @@
 """AdamW as OptimizerConfig asks for it: learning rate by step number, weight decay by kind of parameter."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,19 +20,29 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.learning_rate * (floor + (1 - floor) * kept)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices and kernels only, not on gains, biases, embeddings and numbers (2103.00020, 2.5)."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, rates: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Weight decay on matrices and kernels only, not on gains, biases, embeddings and numbers (2103.00020, 2.5).
+
+    `rates`: parameter name -> its share of the learning rate, 1 where none is given; a group holds it as "rate".
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in tables]
-    others = [p for p in trained if p.ndim < 2 or id(p) in tables]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    trained = [(rates.get(name, 1.0) if rates else 1.0, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    for share in sorted({share for share, _ in trained}, reverse=True):
+        own = [p for other, p in trained if other == share]
+        decayed = [p for p in own if p.ndim >= 2 and id(p) not in tables]
+        others = [p for p in own if p.ndim < 2 or id(p) in tables]
+        groups += [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups[-2]["rate"] = groups[-1]["rate"] = share
+    return groups
 
 
-def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters of `model`; the loop sets the learning rate before each update."""
+def adamw(model: nn.Module, config: OptimizerConfig, rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
+    """AdamW over the trained parameters of `model`; the loop sets the learning rates before each update."""
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, rates),
         lr=config.learning_rate,
         betas=(config.beta_1, config.beta_2),
         eps=config.epsilon,

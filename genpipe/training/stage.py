@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from genpipe.errors import InputError
 from genpipe.tokenizer import FILE_NAME, CaptionTokenizer
 from genpipe.training.config import Recipe
-from genpipe.training.data import Batch, captions_of
+from genpipe.training.data import Batch, OwnBatches, captions_of
+from genpipe.training.early_stopping import EarlyStopping
 
 Logs = dict[str, Tensor]
 Part = TypeVar("Part")
@@ -39,6 +40,18 @@ class Stage(ABC):
     @abstractmethod
     def collate(self, pictures: np.ndarray, captions: list[str], generator: np.random.Generator) -> Batch:
         """uint8 pictures (B, 3, S, S) and captions -> tensors of one batch."""
+
+    def batches(self) -> OwnBatches | None:
+        """Batches by number, for a stage whose data is more than captioned pictures; None: the loop's, by `collate`."""
+        return None
+
+    def rates(self) -> dict[str, float]:
+        """Parameter name -> its share of the learning rate; 1 for all that are not named."""
+        return {}
+
+    def early_stopping(self) -> EarlyStopping | None:
+        """What ends a run before its last step, if anything does."""
+        return None
 
     def before_step(self, batch: Batch, step: int, generator: torch.Generator) -> None:
         """Change the model outside of gradient descent; most stages never do."""

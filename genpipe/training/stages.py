@@ -28,6 +28,7 @@ from genpipe.parts import load_part
 from genpipe.training.config import Recipe
 from genpipe.training.data import Batch, twin_pairs
 from genpipe.training.decoder_stage import DecoderStage
+from genpipe.training.image_text_stage import ImageTextStage
 from genpipe.training.prior_stage import PriorStage
 from genpipe.training.stage import Logs, Stage, build, tokenizer_for
 from genpipe.training.upsampler_stage import UpsamplerStage
@@ -263,4 +264,5 @@ STAGES: dict[str, Callable[[Recipe, Path | None], Stage]] = {
     "decoder": DecoderStage,
     "prior": PriorStage,
     "upsampler": UpsamplerStage,
+    "image_text": ImageTextStage,
 }
