@@ -20,7 +20,7 @@ def test_shipped_recipes_are_sound_and_fresh(name: str) -> None:
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
-    with pytest.raises(InputError, match='no recipe "dave".*clip, dalle1, dalle1-paper, decoder, dvae, dvae-paper'):
+    with pytest.raises(InputError, match='no recipe "dave".*clip, dalle1, dalle1-paper, decoder, detector, dvae, dvae-paper'):
         recipe("dave")
 
 

@@ -25,8 +25,8 @@ class DataConfig:
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
     seed: of the data order.
     workers: processes that prepare batches; 0 prepares them in the training process.
-    hard_negatives: share of a CLIP batch that comes as scenes with their twins (swapped, recounted, recoloured, turned);
-        other sources have no twins and ignore it.
+    hard_negatives: share of a CLIP batch that comes as scenes with their twins, which are swapped, recounted, recoloured
+        or turned; other sources have no twins and ignore it.
     twin_shares: how often a twin is swapped, recounted, recoloured or turned; places are what CLIP learns last.
     plain_batches: number of batches at the start whose twins tell places by "left of" and "above" nearly always.
     crop: of pictures from a folder or shards: "centre", "stage_1" (the dVAE's random crops and flips) or "stage_2" (the
@@ -74,8 +74,9 @@ class OptimizerConfig:
 class RunConfig:
     """One run.
 
-    steps: optimiser updates in all; batch_size: pictures per process and forward pass; accumulate: passes per update
-    (CLIP compares the pictures of one pass, on all processes, with one another: accumulating adds no negatives).
+    steps: optimiser updates in all; batch_size: pictures per process and forward pass; accumulate: batches per update.
+    CLIP compares the pictures of all batches of an update, on all processes, with one another: accumulating equals a
+    larger batch, in the memory of a small one and the time of a second forward pass (2101.06983).
     precision: "auto" (bf16 where the hardware has it), "bf16" or "no". ema_decay: of the averaged weights.
     log_every, validate_every: in steps. save_minutes: between two checkpoints; save_every: in steps, on top (0: none).
     seed: of weights, noise and dropout. threads: CPU threads of each process, 0 leaves torch's choice.
@@ -196,7 +197,8 @@ _NOT_BELOW_0 = (
 )  # fmt: skip
 _FROM_0_TO_1 = (
     "data.hard_negatives", "optimizer.final_fraction", "objective.caption_dropout", "objective.degrade",
-    "objective.text_weight", "objective.text_dropout", "objective.image_dropout", "objective.layer_decay",
+    "objective.text_weight", "objective.text_dropout", "objective.image_dropout",
+    "objective.scrambled", "objective.layer_decay",
 )  # fmt: skip
 _FROM_0_BELOW_1 = (
     "run.ema_decay", "optimizer.beta_1", "optimizer.beta_2", "objective.bpe_dropout", "objective.validation_share",

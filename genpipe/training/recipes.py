@@ -211,6 +211,19 @@ def dalle1_paper() -> Recipe:
     )
 
 
+def detector() -> Recipe:
+    """The judge of the composition score: emoji strewn over 64 x 64 pictures, found by heat maps."""
+    return Recipe(
+        name="detector",
+        stage="detector",
+        model={"size": 64, "width": 64},
+        objective={"scrambled": 0.15},
+        data=DataConfig(size=64, seed=11),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
+        run=RunConfig(steps=4000, batch_size=32),
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "dvae": dvae,
     "clip": clip,
@@ -219,6 +232,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "prior": prior,
     "upsampler": upsampler,
     "image-text": image_text,
+    "detector": detector,
     "dvae-paper": dvae_paper,
     "dalle1-paper": dalle1_paper,
     "prior-paper": prior_paper,

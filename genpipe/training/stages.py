@@ -1,4 +1,4 @@
-"""The stages: dVAE, CLIP, and the transformer of DALL-E 1.
+"""The stages: dVAE and the transformer of DALL-E 1 here, the others beside this file.
 
 Legend: B pictures, S side, L text positions, N image tokens.
 """
@@ -10,24 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from genpipe.clip.loss import contrastive_loss
-from genpipe.clip.model import CLIP
 from genpipe.dalle1.dvae import DVAE, gumbel_noise
 from genpipe.dalle1.losses import relaxed_elbo_loss, text_image_loss
 from genpipe.dalle1.sampling import generate_tokens
 from genpipe.dalle1.transformer import DALLE1Transformer
 from genpipe.errors import InputError
-from genpipe.evaluation.clip import TWIN_KINDS, retrieval_share, twin_accuracy
 from genpipe.evaluation.reconstruction import reconstruction_figures
 from genpipe.images import make_grid, to_pil, to_unit
 from genpipe.parts import load_part
+from genpipe.training.clip_stage import ClipStage
 from genpipe.training.config import Recipe
-from genpipe.training.data import Batch, twin_pairs
+from genpipe.training.data import Batch
 from genpipe.training.decoder_stage import DecoderStage
+from genpipe.training.detector_stage import DetectorStage
 from genpipe.training.image_text_stage import ImageTextStage
 from genpipe.training.prior_stage import PriorStage
 from genpipe.training.stage import Logs, Stage, build, tokenizer_for
@@ -104,85 +102,6 @@ class DVAEStage(Stage):
         pixels = self._validation_pixels()[:16]
         restored = self.model.decode(self.model.encode(pixels))
         return make_grid(to_pil(torch.cat([pixels, restored])), columns=len(pixels), scale=2)
-
-
-class ClipStage(Stage):
-    """CLIP: symmetric contrastive loss over pairs, twins of scenes among them as hard negatives (2103.00020, 2.3)."""
-
-    part = "clip"
-
-    def __init__(self, recipe: Recipe, resumed: Path | None) -> None:
-        self.objective = recipe.objective
-        if recipe.init:
-            self.model = load_part(CLIP, recipe.init)
-        else:
-            tokenizer = tokenizer_for(recipe, resumed)
-            settings = dict(recipe.model)
-            architecture = settings.pop("architecture")
-            text = {**architecture.get("text_cfg", {}), "vocab_size": tokenizer.vocab_size}
-            self.model = build(CLIP, {"architecture": {**architecture, "text_cfg": text}, **settings})
-            self.model.tokenizer = tokenizer
-        self.twin_rows = 2 * twin_pairs(recipe.data, recipe.run.batch_size)
-        self.validation = Validation(recipe.data, 200)
-
-    def collate(self, pictures: np.ndarray, captions: list[str], generator: np.random.Generator) -> Batch:
-        tokens = self.model.tokenize(captions)
-        return {"pixels": _pixels(pictures), "ids": tokens.ids, "mask": tokens.mask}
-
-    def loss(self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
-        pixels = degrade(to_unit(batch["pixels"]), self.objective["degrade"], generator)
-        image, text, scale = model(pixels, batch["ids"], batch["mask"])
-        loss = contrastive_loss(image, text, scale, local_loss=self.objective["local_loss"])
-        with torch.no_grad():
-            right = (image @ text.T).argmax(dim=1) == torch.arange(len(image), device=image.device)
-        logs = {"accuracy": right.float().mean(), "logit_scale": scale.detach()}
-        if self.twin_rows:
-            twin, accuracy = twin_loss(image[: self.twin_rows], text[: self.twin_rows], scale)
-            loss = loss + self.objective["twin_weight"] * twin
-            logs |= {"twin_loss": twin.detach(), "twin_accuracy": accuracy}
-        return loss, logs
-
-    def validate(self) -> dict[str, float]:
-        """Retrieval among 100 captions; for emoji scenes also how often a scene is told from its twin."""
-        figures = {"retrieval": retrieval_share(self.model, *self.validation.pairs())}
-        if self.validation.scenes is not None:
-            scenes = self.validation.scenes
-            figures |= {f"twin_{kind}": twin_accuracy(self.model, scenes, kind, 100) for kind in TWIN_KINDS}
-        return {f"{self.validation.kind}_{name}": value for name, value in figures.items()}
-
-    @torch.no_grad()
-    def sample(self) -> Image.Image:
-        """Pictures under the caption, out of 100, that scores best."""
-        pictures, captions = self.validation.pairs()
-        pixels, captions = to_unit(pictures[:16]).to(self.model.device), captions[:100]
-        text = self.model.encode_text(captions).normalized
-        best = (self.model.encode_image(pixels).normalized @ text.T).argmax(dim=1).tolist()
-        return make_grid(to_pil(pixels), columns=8, labels=[captions[b] for b in best], scale=4)
-
-
-def twin_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of telling one's own caption, and one's own picture, from its twin's alone; and the accuracy.
-
-    image, text: normalised (2 n, D), twins side by side; scale: of the logits. In the loss of the whole batch a twin is
-    one of many candidates, and before CLIP can tell twins apart what they teach drowns in the rest.
-    """
-    image, text = image.unflatten(0, (-1, 2)), text.unflatten(0, (-1, 2))  # n, 2, D
-    logits = scale * torch.einsum("nid,njd->nij", image, text)  # n, 2, 2
-    own = torch.arange(2, device=logits.device).expand(len(logits), 2)
-    loss = (F.cross_entropy(logits.mT, own) + F.cross_entropy(logits, own)) / 2
-    return loss, (logits.detach().argmax(dim=-1) == own).float().mean()
-
-
-def degrade(pixels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Blur and noise on a random share of pictures (B, 3, H, W) in [0, 1]: CLIP will judge drawn ones, too."""
-    if probability <= 0:
-        return pixels
-    draws = torch.rand(4, len(pixels), generator=generator, device=generator.device).to(pixels.device)
-    noise = torch.randn(pixels.shape, generator=generator, device=generator.device).to(pixels.device)
-    small = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    blur = torch.where(draws[0] < probability, draws[1], torch.zeros_like(draws[1]))[:, None, None, None]
-    level = torch.where(draws[2] < probability, 0.08 * draws[3], torch.zeros_like(draws[3]))[:, None, None, None]
-    return (torch.lerp(pixels, small, blur) + level * noise).clamp(0, 1)
 
 
 class DALLE1Stage(Stage):
@@ -265,4 +184,5 @@ STAGES: dict[str, Callable[[Recipe, Path | None], Stage]] = {
     "prior": PriorStage,
     "upsampler": UpsamplerStage,
     "image_text": ImageTextStage,
+    "detector": DetectorStage,
 }
