@@ -25,8 +25,8 @@ class DataConfig:
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
     seed: of the data order.
     workers: processes that prepare batches; 0 prepares them in the training process.
-    hard_negatives: share of a CLIP batch that comes as scenes with their twins, which are swapped, recounted, recoloured
-        or turned; other sources have no twins and ignore it.
+    hard_negatives: share of a CLIP batch that comes as scenes with their twins, which are swapped, recounted,
+        recoloured or turned; other sources have no twins and ignore it.
     twin_shares: how often a twin is swapped, recounted, recoloured or turned; places are what CLIP learns last.
     plain_batches: number of batches at the start whose twins tell places by "left of" and "above" nearly always.
     crop: of pictures from a folder or shards: "centre", "stage_1" (the dVAE's random crops and flips) or "stage_2" (the
