@@ -13,7 +13,8 @@ from genpipe.training.recipes import RECIPES, recipe
 def test_shipped_recipes_are_sound_and_fresh(name: str) -> None:
     shipped = recipe(name)
     check(shipped)
-    assert shipped.name == name and shipped.stage == name.partition("-paper")[0].replace("-", "_") and RECIPES[name].__doc__
+    stage = name.partition("-paper")[0].replace("-", "_")
+    assert shipped.name == name and shipped.stage == stage and RECIPES[name].__doc__
     shipped.data.twin_shares.append(1.0)
     shipped.model.clear()
     assert len(recipe(name).data.twin_shares) == 4 and recipe(name).model
