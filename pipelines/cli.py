@@ -47,6 +47,10 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="What to train on: a folder, a list or shards; the same as --set data.source=FILE."),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop, with a checkpoint, after this many minutes.")] = None,
     steps: Annotated[
         int | None, typer.Option(help="Stop after this many steps; the same as --set run.steps=N.")
@@ -57,7 +61,8 @@ def train(
     """Train one part of a family, from scratch or on from a checkpoint."""
     from genpipe.training.__main__ import run
 
-    overrides = [*(changes or []), *([f"run.steps={steps}"] if steps is not None else [])]
+    aliases = {"run.steps": steps, "data.source": data}
+    overrides = [*(changes or []), *(f"{key}={value}" for key, value in aliases.items() if value is not None)]
     run(recipe, overrides, minutes, out, resume)
 
 

@@ -29,7 +29,7 @@ FLAGS = {
     },
     "reproduce": {"--family", "--image", "--out"},
     "rerank": {"--top", "--clip", "--device", "--json"},
-    "train": {"--set", "--minutes", "--steps", "--out", "--resume", "--no-resume"},
+    "train": {"--set", "--data", "--minutes", "--steps", "--out", "--resume", "--no-resume"},
     "assemble": {
         "--runs", "--clip", "--dvae", "--transformer", "--decoder", "--prior", "--upsampler", "--name", "--license",
         "--description", "--guidance", "--temperature", "--top-p", "--default", "--card", "--replace",
@@ -37,8 +37,8 @@ FLAGS = {
     "info": {"--json"},
     "demo": {"--family", "--host", "--port", "--open", "--no-open", "--device"},
     "classify": {
-        "--classes", "--classes-file", "--classifier", "--save-classifier", "--templates", "--top", "--clip",
-        "--device", "--json",
+        "--classes", "--classes-file", "--classifier", "--save-classifier", "--templates", "--head", "--text", "--top",
+        "--clip", "--device", "--json",
     },
     "search": {"--top", "--clip", "--cache", "--device", "--json"},
     "embed": {"--clip", "--out", "--batch-size", "--device", "--json"},
@@ -49,6 +49,7 @@ FLAGS = {
         "--json",
     },
     "evaluate retrieval": {"--clip", "--count", "--device", "--json"},
+    "evaluate clip": {"--clip", "--family", "--count", "--seed", "--device", "--json"},
 }  # fmt: skip
 
 
@@ -138,14 +139,18 @@ def test_blocks_never_choose_a_device() -> None:
 
 def test_component_classes_stay_where_saved_weights_look_for_them() -> None:
     assert PART_CLASSES == {
-        "clip": "genpipe.clip.model.CLIP",
-        "dvae": "genpipe.dalle1.dvae.DVAE",
-        "transformer": "genpipe.dalle1.transformer.DALLE1Transformer",
-        "prior": "genpipe.dalle2.prior.Prior",
-        "decoder": "genpipe.dalle2.decoder.Decoder",
-        "upsampler": "genpipe.dalle2.upsampler.Upsampler",
-    }
-    for path in PART_CLASSES.values():
+        "clip": ("genpipe.clip.model.CLIP",),
+        "dvae": ("genpipe.dalle1.dvae.DVAE", "genpipe.dalle1.vqgan.VQGAN"),
+        "transformer": ("genpipe.dalle1.transformer.DALLE1Transformer", "genpipe.dalle1.mindalle.MinDALLETransformer"),
+        "prior": ("genpipe.dalle2.prior.Prior",),
+        "decoder": (
+            "genpipe.dalle2.decoder.Decoder", "genpipe.dalle2.latent_decoder.LatentDecoder",
+            "genpipe.dalle2.glide.GLIDE",
+        ),
+        "upsampler": ("genpipe.dalle2.upsampler.Upsampler", "genpipe.dalle2.glide.GLIDEUpsampler"),
+        "guide": ("genpipe.clip.noise_aware.NoiseAwareCLIP",),
+    }  # fmt: skip
+    for path in (path for paths in PART_CLASSES.values() for path in paths):
         module, _, name = path.rpartition(".")
         component = getattr(importlib.import_module(module), name)
         assert (component.__module__, component.__qualname__) == (module, name)

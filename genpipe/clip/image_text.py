@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from genpipe.clip.model import CLIP
-from genpipe.clip.zero_shot import build_classifier
+from genpipe.clip.zero_shot import ClassifiedFiles, build_classifier, label_files
 from genpipe.data.labelled import check_class_names
 from genpipe.errors import InputError
 from genpipe.identity import weights_identity
@@ -264,6 +265,26 @@ class ImageTextClassifier(nn.Module):
         self.head.register_to_config(clip_identity=weights_identity(self.clip))
         self.head.save_pretrained(save_directory, **kwargs)
         save_part(self.clip, Path(save_directory) / CLIP_FOLDER)
+
+
+def classify_files_with_text(
+    classifier: ImageTextClassifier,
+    paths: Sequence[str | os.PathLike[str]],
+    text: str,
+    top: int = 5,
+    chunk_size: int = 32,
+    report: Callable[[int, int], None] | None = None,
+) -> ClassifiedFiles:
+    """The `top` likeliest classes of each picture in `paths` (files, or folders of them) together with `text`.
+
+    Skips, reports and raises as genpipe.clip.zero_shot.classify_files does.
+    """
+
+    def predict(pictures: Iterator[Tensor]) -> Iterator[Tensor]:
+        while pixels := list(islice(pictures, chunk_size)):
+            yield classifier.probabilities(torch.stack(pixels), [text] * len(pixels))
+
+    return label_files(classifier.clip, paths, classifier.head.names, predict, top, report)
 
 
 def load_head(folder: str | os.PathLike[str]) -> PairHead:

@@ -204,6 +204,24 @@ def classify_files(
     `report(read, total)` is called after each picture. Raises InputError for missing paths, `top` below 1, a broken
     picture that was named itself (found in a folder, it is skipped and listed), and where none can be read.
     """
+
+    def predict(pictures: Iterator[Tensor]) -> Iterator[Tensor]:
+        return map(classifier.probabilities, embed_pictures(clip, pictures, chunk_size))
+
+    return label_files(clip, paths, classifier.names, predict, top, report)
+
+
+def label_files(
+    clip: CLIP,
+    paths: Sequence[str | os.PathLike[str]],
+    names: Sequence[str],
+    predict: Callable[[Iterator[Tensor]], Iterator[Tensor]],
+    top: int,
+    report: Callable[[int, int], None] | None = None,
+) -> ClassifiedFiles:
+    """What `classify_files` does, by any classifier: `predict` turns pictures (3, H, W) at CLIP's size, in order, into
+    probabilities (n, C) of the classes `names`, some pictures at a time.
+    """
     if top < 1:
         raise InputError(f"The number of classes to show must be at least 1, got {top}.")
     files = find_pictures([Path(path) for path in paths])
@@ -226,10 +244,10 @@ def classify_files(
                 report(number, len(files))
 
     found: list[list[tuple[str, float]]] = []
-    for embedding in embed_pictures(clip, pictures(), chunk_size):
-        best = classifier.probabilities(embedding).topk(min(top, len(classifier.names)))
+    for probabilities in predict(pictures()):
+        best = probabilities.topk(min(top, len(names)))
         for values, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            found.append([(classifier.names[n], value) for n, value in zip(numbers, values, strict=True)])
+            found.append([(names[n], value) for n, value in zip(numbers, values, strict=True)])
     if not readable:
         raise InputError(f"None of the {len(files)} pictures found can be read; the first: {skipped[0][1]}")
     return ClassifiedFiles(list(zip(readable, found, strict=True)), skipped)
