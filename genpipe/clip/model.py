@@ -19,6 +19,7 @@ from torch import nn
 
 from genpipe.clip.architecture import explicit_architecture, pretrained_entry, published_config
 from genpipe.clip.tokenizer import OpenClipTokenizer
+from genpipe.clip.towers import build_towers, pool_text
 from genpipe.errors import InputError
 from genpipe.images import resize
 from genpipe.parts import OwnsTokenizer
@@ -76,6 +77,8 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
         resize_mode: "shortest" (shorter side to size, centre crop) or "squash" (both sides to size).
         max_logit_scale: the learned scale is clipped here (100 in section 2.3).
         tokenizer_name: open_clip's name for the tokenizer; None: the part owns a CaptionTokenizer (tokenizer.json).
+        halves: "both", or "text" or "image" for a CLIP with that tower only, as published beside some decoders; the
+            other one's config is not looked at, and what needs it raises InputError.
 
     Raises InputError for a config that open_clip cannot build.
     """
@@ -90,6 +93,7 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
         resize_mode: str = "shortest",
         max_logit_scale: float = 100.0,
         tokenizer_name: str | None = None,
+        halves: str = "both",
     ) -> None:
         super().__init__()
         if resize_mode not in RESIZE_MODES or interpolation not in INTERPOLATIONS:
@@ -99,13 +103,7 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
             )
         explicit = explicit_architecture(architecture)
         self.register_to_config(architecture=explicit, image_mean=list(image_mean), image_std=list(image_std))
-        arguments = {key: value for key, value in explicit.items() if key != "custom_text"}
-        towers = open_clip.CustomTextCLIP if explicit["custom_text"] else open_clip.CLIP
-        try:
-            self.towers = towers(**arguments)
-        except (TypeError, AssertionError, ValueError, ImportError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"open_clip cannot build this CLIP architecture ({reason}).") from error
+        self.towers = build_towers(explicit, halves)
 
     @classmethod
     def from_open_clip(cls, model_name: str, pretrained: str | None = None) -> CLIP:
@@ -140,6 +138,21 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
         return self.towers.logit_scale
 
     @property
+    def has_text(self) -> bool:
+        """Whether it can embed texts."""
+        return self.config["halves"] != "image"
+
+    @property
+    def has_image(self) -> bool:
+        """Whether it can embed pictures."""
+        return self.config["halves"] != "text"
+
+    def _need(self, half: str) -> None:
+        """Raise InputError if the tower `half` is left out of this CLIP."""
+        if self.config["halves"] not in ("both", half):
+            raise InputError(f"this CLIP has no {half} tower; use one that has both, such as ViT-L-14:openai.")
+
+    @property
     def embedding_dim(self) -> int:
         """D."""
         return int(self.config["architecture"]["embed_dim"])
@@ -147,12 +160,14 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) that the image tower sees."""
+        self._need("image")
         size = self.config["architecture"]["vision_cfg"]["image_size"]
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     @property
     def context_length(self) -> int:
         """L, start and end token included."""
+        self._need("text")
         return int(self.config["architecture"]["text_cfg"]["context_length"])
 
     def check_tokenizer(self, tokenizer: CaptionTokenizer) -> None:
@@ -246,6 +261,7 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
 
     def _text(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Ids (B, L) -> embedding (B, D), states (B, L, W): open_clip's encode_text, keeping what it throws away."""
+        self._need("text")
         ids, text = ids.to(self.device), getattr(self.towers, "text", self.towers)
         if not hasattr(text, "token_embedding") or getattr(text, "cls_emb", None) is not None:
             return text(ids), None
@@ -257,7 +273,7 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
         x = x + text.positional_embedding[:length].to(dtype)  # B, L, W
         causal = None if text.attn_mask is None else text.attn_mask[:length, :length]
         states = text.ln_final(text.transformer(x, attn_mask=causal))  # B, L, W
-        pooled = _pool_text(states, ids, text)  # B, W
+        pooled = pool_text(states, ids, text)  # B, W
         projection = text.text_projection
         if isinstance(projection, nn.Linear):
             return projection(pooled), states
@@ -269,20 +285,6 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
         mean = x.new_tensor(self.config["image_mean"])[:, None, None]
         std = x.new_tensor(self.config["image_std"])[:, None, None]
         return ((x - mean) / std).to(self.dtype)
-
-
-def _pool_text(states: torch.Tensor, ids: torch.Tensor, text: nn.Module) -> torch.Tensor:
-    """States (B, L, W) -> the state that stands for the text (B, W), as the architecture's pool_type says."""
-    pool = getattr(text, "text_pool_type", getattr(text, "pool_type", "argmax"))
-    rows = torch.arange(len(states), device=states.device)
-    if pool == "argmax":  # the end token has the largest id, in open_clip's vocabulary and in ours
-        return states[rows, ids.argmax(dim=-1)]
-    if pool == "eos":
-        end_id = int(getattr(text, "text_eos_id", getattr(text, "eos_id", 2)))
-        return states[rows, ids.eq(end_id).int().argmax(dim=-1)]
-    if pool in ("first", "last"):
-        return states[:, 0 if pool == "first" else -1]
-    raise InputError(f"CLIP cannot pool text states by {pool!r}; argmax, eos, first and last are known.")
 
 
 def _cover(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
