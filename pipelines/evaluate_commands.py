@@ -131,3 +131,59 @@ def evaluate_retrieval(
         figure = ", ".join(f"{name} {value:.3f}" for name, value in figures[way].items())
         show(f"{way.replace('_', ' ')}: {figure}")
     show(f"{figures['pairs']:,} pairs, {figures['distinct_captions']:,} distinct captions")
+
+
+@evaluate.command("clip")
+def evaluate_clip(
+    clip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--clip",
+            "--family",
+            help="A family, a folder, or an open_clip model and its weights as in ViT-B-32:openai; may be repeated, "
+            "for one column each.",
+            show_default="nano",
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(help="Questions of each kind.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """What CLIP is known to be weak at: counting, positions, binding. How often it picks a caption among its twins.
+
+    Held-out emoji scenes, drawn at the size that the model sees; each question's captions differ in one fact only.
+    Positions also one by one: against the opposite one, against the objects exchanged (the same words), and whether the
+    right axis was chosen. Binding: own or another object on the own or another background. Object: the easy control.
+    """
+    from pipelines import request
+
+    request.check_positive("The number of questions", count)
+    from genpipe.data.scenes import EmojiScenes, find_font
+
+    EmojiScenes(seed=seed)  # a seed that cannot be is refused before weights are loaded
+    find_font()
+    from genpipe.evaluation.weakness import table, weakness_figures
+    from pipelines.devices import choose_device
+    from pipelines.ranking import load_clip
+
+    place = choose_device(device)
+    models = [(name, load_clip(name)) for name in clip or ["nano"]]
+    columns = []
+    for name, model in models:
+        with progress_bar(f"asking {name}") as bar:
+            columns.append((name, weakness_figures(model.to(place), count, seed, report=moving(bar))))
+        model.to("cpu")
+    if as_json:
+        described = [
+            {
+                "clip": name,
+                "picture_size": min(model.image_size),
+                "figures": {row: share.to_json() for row, share in figures.items()},
+            }
+            for (name, model), (_, figures) in zip(models, columns, strict=True)
+        ]
+        document = {"questions": count, "seed": seed, "split": "heldout", "models": described}
+        show(json.dumps(document, indent=2))
+    else:
+        show(table(columns))
