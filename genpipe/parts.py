@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,6 +94,17 @@ def load_part(cls: type[Part], folder: str | os.PathLike[str], dtype: torch.dtyp
         reason = " ".join(str(error).split())
         raise InputError(f"{weights} cannot be loaded as {cls.__name__} ({reason}).") from error
     return nn.Module.to(model, dtype=dtype).eval()  # ModelMixin's own `to` advises against what is wanted here
+
+
+def load_one_of(
+    classes: Sequence[type[Part]], folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+) -> Any:
+    """`load_part` of the class among `classes` that the folder's config.json names; an error is the first class's."""
+    try:
+        named = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, TypeError, KeyError):
+        named = None
+    return load_part(next((cls for cls in classes if cls.__name__ == named), classes[0]), folder, dtype)
 
 
 @contextmanager
@@ -189,11 +200,12 @@ def _check_tensors(found: Table, expected: Table, path: Path) -> None:
 class OwnsTokenizer:
     """Mixin, placed before ModelMixin, for parts that eat token ids: the tokenizer travels in the part's own folder.
 
-    `model.tokenizer` is a CaptionTokenizer, saved as tokenizer.json and read by from_pretrained, unless the part's
+    `model.tokenizer` is a `tokenizer_class`, saved as tokenizer.json and read by from_pretrained, unless the part's
     config has a `tokenizer_name`: then `named_tokenizer` makes it at first use.
     """
 
     config: Any
+    tokenizer_class: Any = CaptionTokenizer  # anything with its `save` and `load`
     _tokenizer: Any = None
 
     @property
@@ -207,11 +219,11 @@ class OwnsTokenizer:
         return self._tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, tokenizer: CaptionTokenizer) -> None:
+    def tokenizer(self, tokenizer: Any) -> None:
         self.check_tokenizer(tokenizer)
         self._tokenizer = tokenizer
 
-    def check_tokenizer(self, tokenizer: CaptionTokenizer) -> None:
+    def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise InputError if this part cannot use `tokenizer`; parts that know their table's size override this."""
 
     def named_tokenizer(self, name: str) -> Any:
@@ -252,5 +264,5 @@ class OwnsTokenizer:
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple if output_loading_info was asked for
         if model.config.get("tokenizer_name") is None:
             folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
-            model.tokenizer = CaptionTokenizer.load(folder)
+            model.tokenizer = cls.tokenizer_class.load(folder)
         return loaded

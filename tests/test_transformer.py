@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from genpipe.dalle1.cached import KeyValueCache
 from genpipe.dalle1.losses import text_image_loss
 from genpipe.dalle1.sampling import guide
-from genpipe.dalle1.transformer import DALLE1Transformer, KeyValueCache
+from genpipe.dalle1.transformer import DALLE1Transformer
 from genpipe.errors import InputError
 from genpipe.parts import load_part, save_part
 from genpipe.tokenizer import CaptionTokenizer

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -139,6 +140,7 @@ class DVAE(ModelMixin, ConfigMixin):
     def num_codes(self) -> int:
         return self.config.num_codes
 
+    @apply_forward_hook
     def encode_features(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> what the head reads: z (B, D, h, w), or logits with the linear head."""
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % self.factor or pixels.shape[3] % self.factor:
@@ -176,6 +178,7 @@ class DVAE(ModelMixin, ConfigMixin):
         """Pixels (B, 3, H, W) in [0, 1] -> logits over the code book (B, V, h, w)."""
         return self.logits_from_features(self.encode_features(pixels))
 
+    @apply_forward_hook
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> image tokens (B, N) int64, the arg-max code of each cell in raster order."""
         return rearrange(self.encode_logits(pixels).argmax(dim=1), "b h w -> b (h w)")
@@ -190,6 +193,7 @@ class DVAE(ModelMixin, ConfigMixin):
         mu, ln_b = maps.float().chunk(2, dim=1)
         return mu, ln_b
 
+    @apply_forward_hook
     def decode(self, image_tokens: Tensor) -> Tensor:
         """Image tokens (B, N) in [0, V) of a square grid -> pixels (B, 3, H, W) in [0, 1] (b is ignored, A.3).
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genpipe.dalle1.transformer import DALLE1Transformer, KeyValueCache
+from genpipe.dalle1.cached import CachedTransformer, KeyValueCache
 from genpipe.errors import InputError
 
 # Tokens drawn so far: callback(chunk's row indices into the flat B * n candidates, tokens (R, t), t of N)
@@ -79,7 +79,7 @@ def draw(
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def rows_within(transformer: DALLE1Transformer, guided: bool, budget: int = DEFAULT_CACHE_BYTES) -> int:
+def rows_within(transformer: CachedTransformer, guided: bool, budget: int = DEFAULT_CACHE_BYTES) -> int:
     """How many candidates at once keep the key/value caches below `budget` bytes (at least one).
 
     Each candidate is counted with the cache of a prompt of its own.
@@ -92,7 +92,7 @@ def rows_within(transformer: DALLE1Transformer, guided: bool, budget: int = DEFA
 
 @torch.no_grad()
 def generate_tokens(
-    transformer: DALLE1Transformer,
+    transformer: CachedTransformer,
     ids: Tensor,
     mask: Tensor,
     seeds: Sequence[Sequence[int]],
@@ -155,7 +155,7 @@ def generate_tokens(
     return torch.cat(drawn).view(len(ids), per_prompt, transformer.image_length)
 
 
-def _read(transformer: DALLE1Transformer, ids: Tensor, mask: Tensor, given: Tensor) -> Branch:
+def _read(transformer: CachedTransformer, ids: Tensor, mask: Tensor, given: Tensor) -> Branch:
     """Prefill prompts (B, L) with their given tokens (B, m), one by one."""
     caches, logits = zip(
         *(transformer.prefill(ids[i : i + 1], mask[i : i + 1], given[i : i + 1]) for i in range(len(ids))), strict=True
@@ -170,7 +170,7 @@ def _report(callback: TokenCallback, rows: Sequence[int], tokens: Tensor) -> Non
 
 
 def _continue(
-    transformer: DALLE1Transformer,
+    transformer: CachedTransformer,
     branches: Sequence[Branch],
     given: Tensor,
     uniform: Tensor,
@@ -239,7 +239,7 @@ def _check_numbers(
 
 
 def _check_rows(
-    transformer: DALLE1Transformer, ids: Tensor, seeds: Sequence[Sequence[int]], image_prefix: Tensor | None
+    transformer: CachedTransformer, ids: Tensor, seeds: Sequence[Sequence[int]], image_prefix: Tensor | None
 ) -> int:
     """n, the candidates of each prompt. Raises InputError where seeds or image_prefix do not belong to the prompts."""
     if transformer.training and transformer.config.dropout > 0:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from genpipe.dalle1.dvae import DVAE, gumbel_noise
 from genpipe.dalle1.losses import relaxed_elbo_loss, text_image_loss
+from genpipe.dalle1.mindalle import MinDALLETransformer
 from genpipe.dalle1.sampling import generate_tokens
 from genpipe.dalle1.transformer import DALLE1Transformer
+from genpipe.dalle1.vqgan import VQGAN
 from genpipe.errors import InputError
 from genpipe.evaluation.reconstruction import reconstruction_figures
 from genpipe.images import make_grid, to_pil, to_unit
-from genpipe.parts import load_part
+from genpipe.parts import load_one_of, load_part
 from genpipe.training.clip_stage import ClipStage
 from genpipe.training.config import Recipe
 from genpipe.training.data import Batch
@@ -113,12 +115,12 @@ class DALLE1Stage(Stage):
         self.objective = recipe.objective
         if not self.objective["dvae"]:
             raise InputError("the transformer reads a trained dVAE; name its folder with --set objective.dvae=FOLDER.")
-        self.dvae = load_part(DVAE, self.objective["dvae"]).requires_grad_(False)
+        self.dvae = load_one_of((DVAE, VQGAN), self.objective["dvae"]).requires_grad_(False)
         if recipe.data.size % self.dvae.factor:
             raise InputError(f"data.size is {recipe.data.size}; this dVAE needs a multiple of {self.dvae.factor}.")
         shape = {"num_image_tokens": self.dvae.num_codes, "grid_size": recipe.data.size // self.dvae.factor}
         if recipe.init:
-            self.model = load_part(DALLE1Transformer, recipe.init)
+            self.model = load_one_of((DALLE1Transformer, MinDALLETransformer), recipe.init)
             other = {key: self.model.config[key] for key in shape if self.model.config[key] != shape[key]}
             if other:
                 raise InputError(f"{recipe.init} was made for another dVAE or data.size: it has {other}, not {shape}.")
