@@ -9,6 +9,7 @@ that accumulates twice.
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from genpipe.training.interrupts import stop_on_interrupt
 from genpipe.training.log import Log
 from genpipe.training.optimizer import adamw, learning_rate
 from genpipe.training.run_folder import CHECKPOINTS, check_same_run, claim, fingerprint
-from genpipe.training.stage import Stage
+from genpipe.training.stage import MicroBatch, Stage
 from genpipe.training.stages import STAGES
 from genpipe.training.state import State, batches_of
 
@@ -232,15 +233,10 @@ class Trainer:
         figures: dict[str, torch.Tensor] = {}
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.optimizer, self.state.step, run.steps)
-        for micro in range(run.accumulate):
-            batch = {name: tensor.to(accelerator.device) for name, tensor in next(self.stream).items()}
-            number = self.state.seen + micro * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(batch_seed(run.seed, number, 0))  # dropout
-            noise, other = (torch.Generator().manual_seed(batch_seed(run.seed, number, i)) for i in (1, 2))
-            if micro == 0:
-                self.stage.before_step(batch, self.state.step, other)
+        to_come = self.stage.losses(self.model, self._micro_batches(), self.state.step)
+        for _ in range(run.accumulate):
             with accelerator.accumulate(self.model):
-                loss, figures = self.stage.loss(self.model, batch, self.state.step, noise)
+                loss, figures = next(to_come)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     limit = self.recipe.optimizer.clip_norm
@@ -254,6 +250,18 @@ class Trainer:
         mean = torch.stack(losses).mean()
         self.finite &= torch.isfinite(mean)
         return {"loss": mean, **figures}
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        """This process's batches of one update."""
+        run, accelerator = self.recipe.run, self.accelerator
+        for micro in range(run.accumulate):
+            batch = {name: tensor.to(accelerator.device) for name, tensor in next(self.stream).items()}
+            number = self.state.seen + micro * accelerator.num_processes + accelerator.process_index
+            dropout, noise, other = (batch_seed(run.seed, number, stream) for stream in range(3))
+            if micro == 0:
+                torch.manual_seed(dropout)
+                self.stage.before_step(batch, self.state.step, torch.Generator().manual_seed(other))
+            yield MicroBatch(batch, (dropout, noise))
 
     def _check_finite(self) -> None:
         """Before anything is saved or shown, so that the last checkpoint is a sound one."""

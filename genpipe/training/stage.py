@@ -4,7 +4,8 @@ Legend: B pictures, S side, L text positions, N image tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,19 @@ from genpipe.training.early_stopping import EarlyStopping
 
 Logs = dict[str, Tensor]
 Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One of the run.accumulate batches of an update; seeds: of its dropout and of its noise."""
+
+    batch: Batch
+    seeds: tuple[int, int]
+
+    def generator(self) -> torch.Generator:
+        """The generator of its noise; torch's own, which dropout draws from, is set to the start of this batch, too."""
+        torch.manual_seed(self.seeds[0])
+        return torch.Generator().manual_seed(self.seeds[1])
 
 
 class Stage(ABC):
@@ -60,6 +74,14 @@ class Stage(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """Scalar loss and detached figures; `model` is self.model, possibly wrapped for several processes."""
+
+    def losses(self, model: nn.Module, micro_batches: Iterable[MicroBatch], step: int) -> Iterator[tuple[Tensor, Logs]]:
+        """Loss and figures of each batch of an update; each is back-propagated before the next is asked for.
+
+        The update follows their mean. Overridden where the loss compares pictures of several batches.
+        """
+        for each in micro_batches:
+            yield self.loss(model, each.batch, step, each.generator())
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
