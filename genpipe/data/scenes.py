@@ -50,6 +50,13 @@ _RECOLOURED_SHARE = 0.35  # of twins whose kind is left open; scenes that allow 
 _COLOUR_JITTER = 8  # levels, of 255, to either side of a background's named colour
 _NUMBERS = 16  # uniform numbers drawn at once for a scene: more than any layout takes
 
+_TURNED: dict[Relation, Relation] = {
+    "left of": "above",
+    "above": "left of",
+    "right of": "below",
+    "below": "right of",
+}
+
 # Independent streams of random numbers of one index.
 _SCENE, _CAPTION, _TWIN, _OTHER_SCENE = range(4)
 
@@ -290,12 +297,14 @@ class EmojiScenes:
         return replace(scene, objects=scene.objects[::-1], placements=exchanged)
 
     def _turn(self, scene: Scene, generator: np.random.Generator) -> Scene:
-        """The same pair along the other axis, in a new layout on the same background."""
-        flat = scene.relation in ("left of", "right of")
-        others: tuple[Relation, ...] = ("above", "below") if flat else ("left of", "right of")
-        choice, *numbers = generator.random(_NUMBERS).tolist()
-        relation = others[int(choice * 2)]
-        placements = place_pair((scene.objects[0], scene.objects[1]), relation, iter(numbers))
+        """The same pair along the other axis, in a new layout on the same background.
+
+        What came first comes first again, so that captions of one wording name the two in the same order.
+        """
+        assert scene.relation is not None
+        relation = _TURNED[scene.relation]
+        numbers = iter(generator.random(_NUMBERS).tolist())
+        placements = place_pair((scene.objects[0], scene.objects[1]), relation, numbers)
         return replace(scene, relation=relation, placements=placements)
 
     def _recount(self, scene: Scene, generator: np.random.Generator) -> Scene:
