@@ -84,6 +84,8 @@ def last_line(view: View, order: Order) -> str:
     """What a drawing that is over is summed up as."""
     complete = [each.complete for each in view.finished.values()]
     if len(complete) == len(order.pipelines) and all(complete):
+        if any(recipe.score is None for each in view.finished.values() for recipe in each.recipes):
+            return "Done: not ranked, since these weights have no CLIP that sees pictures; each with its seed."
         return f"Done: the best of {order.num_candidates}, each with CLIP's score (more is closer) and its seed."
     kept = sum(len(each.images) for each in view.finished.values())
     return f"Stopped: {kept or 'no'} finished {'picture' if kept == 1 else 'pictures'}."
@@ -105,7 +107,8 @@ def saved(name: str, finished: Finished, folder: Path) -> list[tuple[str, str]]:
     for image, recipe in zip(finished.images, finished.recipes, strict=True):
         path = folder / f"genpipe-{name}-seed{recipe.seed}.png"
         save_png(image, path, recipe.to_json())
-        items.append((str(path), f"{recipe.score:.3f}, seed {recipe.seed}"))
+        score = "" if recipe.score is None else f"{recipe.score:.3f}, "
+        items.append((str(path), f"{score}seed {recipe.seed}"))
     return items
 
 

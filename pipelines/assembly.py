@@ -8,7 +8,7 @@ from typing import Any
 
 from genpipe.errors import InputError
 from pipelines.family import save_family
-from pipelines.family_info import INFO_FILE, PART_CLASSES, PIPELINE_PARTS, check_pipeline, pipelines_of
+from pipelines.family_info import INFO_FILE, PIPELINE_PARTS, check_pipeline, class_of, pipelines_of
 from pipelines.settings import sampling_of
 
 RECIPE_OF_PART = {
@@ -26,15 +26,14 @@ def part_folders(runs: Path, given: Mapping[str, Path | None]) -> dict[str, Path
 
     Raises InputError for a given one that is not there, and where the others make no pipeline.
     """
-    folders = {part: given.get(part) or runs / RECIPE_OF_PART[part] / part for part in PART_CLASSES}
+    folders = {part: given.get(part) or runs / RECIPE_OF_PART[part] / part for part in RECIPE_OF_PART}
     there = {part: folder for part, folder in folders.items() if folder.is_dir()}
     for part, folder in given.items():
         if folder is not None and part not in there:
             raise InputError(f"There is no trained {part} in {str(folder)!r}; name another folder with --{part}.")
-    if not pipelines_of(there):
-        lacking = min(
-            ([part for part in used.required if part not in there] for used in PIPELINE_PARTS.values()), key=len
-        )
+    if not pipelines_of(there) or "clip" not in there:
+        needed = [("clip", *used.required) for used in PIPELINE_PARTS.values()]  # what is trained here is ranked
+        lacking = min(([part for part in parts if part not in there] for parts in needed), key=len)
         part = lacking[0]
         raise InputError(
             f"There is no trained {part} in {str(folders[part])!r}; train one with `genpipe train "
@@ -92,8 +91,6 @@ def assemble(
         info: name, license, description, defaults by pipeline; the native size, the data and the known words are added.
     Raises InputError for parts that cannot be loaded or do not fit one another, and as `save_family` does.
     """
-    import importlib
-
     from genpipe.data.scenes import known_words
     from genpipe.parts import load_part
     from pipelines.dalle1 import DALLE1Pipeline
@@ -102,8 +99,7 @@ def assemble(
     classes: dict[str, Any] = {"dalle1": DALLE1Pipeline, "dalle2": DALLE2Pipeline}
     parts = {}
     for part in folders:
-        module, _, class_name = PART_CLASSES[part].rpartition(".")
-        parts[part] = load_part(getattr(importlib.import_module(module), class_name), folders[part])
+        parts[part] = load_part(class_of(part), folders[part])
     for name in pipelines_of(parts):  # refuses parts that do not fit one another, and defaults that cannot be used
         used = PIPELINE_PARTS[name]
         mine = {part: model for part, model in parts.items() if part in used.required + used.optional}

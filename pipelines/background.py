@@ -152,7 +152,8 @@ class Drawing:
             )
         # Here, in the thread that drew: a recipe tells the number of threads.
         sampling = pipeline.resolve_sampling()
-        recipe = recipe_of_call(self.family, name, sampling, drawn.prompts[0], order.seed, order.num_candidates)
+        candidates = order.num_candidates if pipeline.ranks else order.keep
+        recipe = recipe_of_call(self.family, name, sampling, drawn.prompts[0], order.seed, candidates)
         recipes = [
             dataclasses.replace(recipe, seed=seed, score=score)
             for seed, score in zip(drawn.seeds[0], drawn.scores[0], strict=True)

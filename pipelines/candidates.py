@@ -1,11 +1,10 @@
-"""Candidates of several prompts: drawn in blocks that fit in memory, the best of each prompt kept, enlarged at the end.
+"""Candidates of several prompts: drawn in blocks that fit in memory, the best of each prompt kept.
 
 What both pipelines do around their own way of drawing. Legend: B prompts, n candidates per prompt, H W pixels.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from PIL import Image
@@ -14,8 +13,7 @@ from torch import Tensor
 from genpipe.clip.model import CLIP
 from genpipe.clip.rerank import TopK, is_out_of_memory, score
 from genpipe.dalle2.sampling import Step
-from genpipe.dalle2.upsampler import Upsampler, upsample
-from genpipe.images import signed_to_unit, to_pil, to_unit
+from genpipe.images import signed_to_unit, to_pil
 from pipelines.request import Callback, GenerationOutput, Progress, Stopped
 
 DRAWING_SHARE = 0.9  # of the work of a call; the rest is the upsampling of the pictures that are kept
@@ -127,73 +125,41 @@ class Tracker:
 
 
 class Best:
-    """The best `keep` pictures of each of B prompts so far, by CLIP's score."""
+    """The best `keep` pictures of each of B prompts so far, by CLIP's score; the first ones where nothing is ranked."""
 
-    def __init__(self, clip: CLIP, embedding: Tensor, keep: int, seed: int) -> None:
-        """embedding (B, D): what the pictures are compared with; seed: of the first candidate of every prompt."""
+    def __init__(self, clip: CLIP | None, embedding: Tensor | None, prompts: int, keep: int, seed: int) -> None:
+        """embedding (B, D): what the pictures are compared with, None: they are not ranked; prompts: B; seed: of the
+        first candidate of every prompt.
+        """
         self.clip, self.embedding, self.seed = clip, embedding, seed
-        self._kept = [TopK(keep) for _ in embedding]
+        self._kept = [TopK(keep) for _ in range(prompts)]
 
     def rank(self, block: Block, pixels: Iterable[Tensor]) -> None:
         """Score a block's pictures, (n, 3, H, W) in [0, 1] for each of its prompts, and keep the best."""
         ranked = [
-            (score(self.clip, drawn, self.embedding[prompt]), to_pil(drawn))
-            for prompt, drawn in zip(block.prompts, pixels, strict=True)
+            (self._score(drawn, prompt), to_pil(drawn)) for prompt, drawn in zip(block.prompts, pixels, strict=True)
         ]
         # Only now, so that a block that ran out of memory half-way leaves nothing behind and can be drawn again.
         for prompt, (scores, pictures) in zip(block.prompts, ranked, strict=True):
             self._kept[prompt].update(scores, pictures, block.candidates.start)
+
+    def _score(self, drawn: Tensor, prompt: int) -> Tensor:
+        if self.clip is None or self.embedding is None:
+            if not bool(drawn.isfinite().all()):  # ranking would find it
+                raise FloatingPointError("the drawn pictures' pixels are not finite; the weights are damaged.")
+            return torch.zeros(len(drawn))  # of equal ones the first are kept
+        return score(self.clip, drawn, self.embedding[prompt])
 
     def output(self, prompts: Sequence[str], complete: bool) -> GenerationOutput:
         """What a pipeline returns: the pictures of each prompt, best first."""
         ranked = [kept.result() for kept in self._kept]  # (score, index, picture)
         return GenerationOutput(
             images=[[picture for _, _, picture in entries] for entries in ranked],
-            scores=[[float(value) for value, _, _ in entries] for entries in ranked],
+            scores=[[None if self.embedding is None else float(value) for value, _, _ in row] for row in ranked],
             seeds=[[self.seed + index for _, index, _ in entries] for entries in ranked],
             prompts=list(prompts),
             complete=complete,
         )
-
-
-def upsampled(
-    output: GenerationOutput, model: Upsampler, num_inference_steps: int | None, tracker: Tracker
-) -> GenerationOutput:
-    """The same pictures enlarged, best first; those that a callback left undone are missing.
-
-    Where the drawing was stopped, what is kept is enlarged without asking again.
-    """
-    total, done = sum(len(images) for images in output.images), 0
-    images: list[list[Image.Image]] = [[] for _ in output.images]
-    complete = output.complete
-    try:
-        for row, (pictures, seeds) in enumerate(zip(output.images, output.seeds, strict=True)):
-            for picture, seed in zip(pictures, seeds, strict=True):
-                report = partial(tracker.upsampling, done, total) if output.complete else None
-                pixels = to_unit([picture]).to(model.device)
-                images[row] += to_pil(enlarged(model, pixels, seed, num_inference_steps, report))
-                done += 1
-    except Stopped:
-        complete = False
-    counts = [len(pictures) for pictures in images]
-    return GenerationOutput(
-        images=images,
-        scores=[scores[:count] for scores, count in zip(output.scores, counts, strict=True)],
-        seeds=[seeds[:count] for seeds, count in zip(output.seeds, counts, strict=True)],
-        prompts=output.prompts,
-        complete=complete,
-    )
-
-
-def enlarged(
-    model: Upsampler,
-    pixels: Tensor,
-    seed: int,
-    num_inference_steps: int | None,
-    report: Callable[[Step], None] | None = None,
-) -> Tensor:
-    """Pixels (1, 3, H, W) of candidate `seed` in [0, 1] -> (1, 3, f H, f W). One at a time: see `Block.together`."""
-    return upsample(model, pixels, [seed], num_inference_steps, callback=report)
 
 
 def as_pictures(x_0: Tensor) -> list[Image.Image]:

@@ -8,37 +8,40 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
 from genpipe.clip.model import CLIP
-from genpipe.dalle1.dvae import DVAE
+from genpipe.dalle1.cached import CachedTransformer
 from genpipe.dalle1.sampling import generate_tokens, rows_within
-from genpipe.dalle1.transformer import DALLE1Transformer
-from genpipe.dalle2.upsampler import Upsampler
 from genpipe.errors import InputError
 from genpipe.images import to_pil
 from genpipe.tokenizer import TokenBatch
 from pipelines import request
-from pipelines.candidates import Best, Block, Tracker, blocks, in_blocks, upsampled
+from pipelines.base import FamilyPipeline
+from pipelines.candidates import Best, Block, Tracker, blocks, in_blocks
+from pipelines.enlarging import Enlarging, upsampled
+from pipelines.protocols import Enlarger, ImageTokenizer
 from pipelines.request import Callback, GenerationOutput
 from pipelines.settings import DALLE1Sampling, resolved, sampling_of, upsampling_of
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """`tokens` (B, L) for the transformer, `text_embedding` (B, D) of CLIP for reranking."""
+    """`tokens` (B, L) for the transformer, `text_embedding` (B, D) of CLIP for reranking, None: nothing is ranked."""
 
     tokens: TokenBatch
-    text_embedding: Tensor
+    text_embedding: Tensor | None
 
 
-class DALLE1Pipeline(DiffusionPipeline):
+class DALLE1Pipeline(FamilyPipeline):
     """Prompts -> pictures, best first.
 
     Args:
-        clip, dvae, transformer: the learned parts; the transformer's codes and grid must be the dVAE's.
+        clip: ranks the pictures; None: they come back in order, and no more are drawn than are kept.
+        dvae, transformer: the learned parts, of any class that pipelines.family_info names; the transformer's codes
+            and grid must be the dVAE's.
         upsampler: enlarges the pictures that are kept, the same part as DALL-E 2's; None: they stay as they are.
         defaults: settings by name, fields of DALLE1Sampling, to use where a call leaves them out.
         family: name of the family the parts belong to, for messages.
@@ -48,14 +51,19 @@ class DALLE1Pipeline(DiffusionPipeline):
     Raises InputError where the parts do not fit one another.
     """
 
-    _optional_components = ["upsampler"]
+    dvae: ImageTokenizer
+    transformer: CachedTransformer
+    upsampler: Enlarger | None
+
+    _optional_components = ["clip", "upsampler"]
+    model_cpu_offload_seq = "transformer->dvae->clip->upsampler"
 
     def __init__(
         self,
-        clip: CLIP,
-        dvae: DVAE,
-        transformer: DALLE1Transformer,
-        upsampler: Upsampler | None = None,
+        clip: CLIP | None,
+        dvae: ModelMixin,
+        transformer: ModelMixin,
+        upsampler: ModelMixin | None = None,
         defaults: Mapping[str, Any] | None = None,
         family: str = "",
         known_words: Sequence[str] | None = None,
@@ -69,11 +77,7 @@ class DALLE1Pipeline(DiffusionPipeline):
             )
         sampling_of("dalle1", defaults or {})
         self.register_modules(clip=clip, dvae=dvae, transformer=transformer, upsampler=upsampler)
-        self.register_to_config(
-            defaults=dict(defaults or {}),
-            family=family,
-            known_words=None if known_words is None else list(known_words),
-        )
+        self.register_family(defaults, family, known_words)
 
     @torch.no_grad()
     def __call__(
@@ -109,9 +113,11 @@ class DALLE1Pipeline(DiffusionPipeline):
         prompts = request.check_prompts(prompts)
         self.warn(prompts)
         encoded = self.encode_prompts(prompts)
+        num_candidates = num_candidates if self.ranks else keep
 
-        best = Best(self.clip, encoded.text_embedding, keep, seed)
-        tracker = Tracker(callback, len(prompts) * num_candidates, bool(sampling.upsample))
+        best = Best(self.clip, encoded.text_embedding, len(prompts), keep, seed)
+        enlarging = Enlarging.of(self.upsampler, sampling)
+        tracker = Tracker(callback, len(prompts) * num_candidates, enlarging is not None)
 
         def draw(block: Block, finished: int) -> None:
             report = self.reporter(tracker, finished)
@@ -121,8 +127,9 @@ class DALLE1Pipeline(DiffusionPipeline):
         rows = chunk_size or rows_within(self.transformer, sampling.guidance_scale != 1.0)
         complete = in_blocks(draw, blocks(len(prompts), num_candidates, rows))
         output = best.output(prompts, complete)
-        if sampling.upsample:
-            output = upsampled(output, self.upsampler, sampling.upsampler_steps, tracker)
+        if enlarging is not None:
+            output = upsampled(output, enlarging, tracker, self.computes_on)
+        self.maybe_free_model_hooks()
         return output
 
     def resolve_sampling(
@@ -134,21 +141,17 @@ class DALLE1Pipeline(DiffusionPipeline):
         """
         return upsampling_of(resolved("dalle1", given or {}, sampling, self.config.defaults), self.upsampler)
 
-    def warn(self, prompts: Sequence[str]) -> None:
-        """Say what will keep the pictures from showing what was asked for: untrained parts, words never seen."""
-        request.warn_of_untrained(self.components)
-        if self.config.known_words is not None:
-            request.warn_of_unknown_words(prompts, frozenset(self.config.known_words), self.config.family)
-
     def encode_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:
         """Clean prompts -> ids for the transformer and CLIP's text embeddings; warns of prompts that are too long."""
         tokenizer, length = self.transformer.tokenizer, self.transformer.config.text_length
         read = [request.shorten(prompt, tokenizer, length) for prompt in prompts]
-        ranked = [request.shorten(prompt, self.clip.tokenizer, self.clip.context_length) for prompt in prompts]
+        ranked, embedding = read, None
+        if self.clip is not None and self.ranks:
+            ranked = [request.shorten(prompt, self.clip.tokenizer, self.clip.context_length) for prompt in prompts]
+            embedding = self.clip.encode_text(ranked).embedding
         for prompt, beginning, compared in zip(prompts, read, ranked, strict=True):
             request.warn_of_cut_prompt(prompt, beginning, compared)
-        tokens = tokenizer(read, length).to(self.transformer.device)
-        return EncodedPrompts(tokens, self.clip.encode_text(ranked).embedding)
+        return EncodedPrompts(tokenizer(read, length).to(self.computes_on), embedding)
 
     def sample_tokens(
         self,
@@ -162,7 +165,7 @@ class DALLE1Pipeline(DiffusionPipeline):
         first, last = block.prompts.start, block.prompts.stop
         null = None
         if sampling.guidance_scale != 1.0:
-            empty = self.transformer.tokenizer([""], self.transformer.config.text_length).to(self.transformer.device)
+            empty = self.transformer.tokenizer([""], self.transformer.config.text_length).to(self.computes_on)
             null = (empty.ids, empty.mask)
         return generate_tokens(
             self.transformer,

@@ -10,30 +10,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
 from genpipe.clip.model import CLIP
-from genpipe.dalle2.decoder import Decoder, DecoderCondition
-from genpipe.dalle2.prior import Prior, sample
+from genpipe.dalle2.prior import Prior
 from genpipe.dalle2.sampling import DECODER, Step, denoise, noise_of, scheduler_for
-from genpipe.dalle2.upsampler import Upsampler
 from genpipe.errors import InputError
-from genpipe.images import signed_to_unit
-from pipelines import request
-from pipelines.candidates import (
-    Best,
-    Block,
-    Tracker,
-    as_pictures,
-    blocks,
-    enlarged,
-    grey,
-    in_blocks,
-    upsampled,
-)
+from genpipe.images import to_pil
+from pipelines import imagining, request
+from pipelines.base import FamilyPipeline
+from pipelines.candidates import Best, Block, Tracker, as_pictures, blocks, grey, in_blocks
 from pipelines.encoding import EncodedPrompts, check_fit, encode_prompts
+from pipelines.enlarging import Enlarging, upsampled
+from pipelines.imagining import filled_up
+from pipelines.protocols import Enlarger, PictureDecoder
 from pipelines.request import Callback, GenerationOutput
 from pipelines.settings import MODES, PICTURE_MODE, DALLE2Sampling, resolved, sampling_of, upsampling_of
 
@@ -47,11 +39,13 @@ PRIOR_SHARE, DECODER_SHARE = 0.05, 0.5  # of drawing a candidate; the latter whe
 Report = Callable[[str, tuple[float, float], Step], None]
 
 
-class DALLE2Pipeline(DiffusionPipeline):
+class DALLE2Pipeline(FamilyPipeline):
     """Prompts -> pictures, best first.
 
     Args:
-        clip, decoder: the learned parts that every drawing needs; the decoder must have been trained beside this CLIP.
+        clip: encodes prompts and pictures, and ranks; may lack its image tower, or be None beside a decoder that has
+            a text encoder of its own: then pictures come back in order, and no more are drawn than are kept.
+        decoder: must have been trained beside this CLIP. Any class that does what pipelines.protocols says.
         prior: makes image embeddings from captions, trained beside the same CLIP; None: only the modes without it.
         upsampler: enlarges pictures, the same part as DALL-E 1's; None: they stay as they are.
         defaults: settings by name, fields of DALLE2Sampling, to use where a call leaves them out.
@@ -65,14 +59,19 @@ class DALLE2Pipeline(DiffusionPipeline):
     Raises InputError where the parts do not fit one another.
     """
 
-    _optional_components = ["prior", "upsampler"]
+    decoder: PictureDecoder
+    prior: Prior | None
+    upsampler: Enlarger | None
+
+    _optional_components = ["clip", "prior", "upsampler"]
+    model_cpu_offload_seq = "clip->prior->decoder->upsampler"
 
     def __init__(
         self,
-        clip: CLIP,
-        decoder: Decoder,
+        clip: CLIP | None,
+        decoder: ModelMixin,
         prior: Prior | None = None,
-        upsampler: Upsampler | None = None,
+        upsampler: ModelMixin | None = None,
         defaults: Mapping[str, Any] | None = None,
         family: str = "",
         known_words: Sequence[str] | None = None,
@@ -81,11 +80,7 @@ class DALLE2Pipeline(DiffusionPipeline):
         check_fit(clip, decoder, prior)
         sampling_of("dalle2", defaults or {})
         self.register_modules(clip=clip, decoder=decoder, prior=prior, upsampler=upsampler)
-        self.register_to_config(
-            defaults=dict(defaults or {}),
-            family=family,
-            known_words=None if known_words is None else list(known_words),
-        )
+        self.register_family(defaults, family, known_words)
 
     @torch.no_grad()
     def __call__(
@@ -130,22 +125,26 @@ class DALLE2Pipeline(DiffusionPipeline):
         prompts = [""] if image is not None and not prompts else request.check_prompts(prompts or [])
         self.warn([*prompts, sampling.negative_prompt])
         encoded = self.encode_prompts(prompts, sampling.negative_prompt, image)
+        num_candidates = num_candidates if self.ranks else keep
 
-        first = self.upsamples_first(sampling)
-        best = Best(self.clip, encoded.ranked_by, keep, seed)
+        first, enlarging = self.upsamples_first(sampling), Enlarging.of(self.upsampler, sampling)
+        best = Best(self.clip, encoded.ranked_by, len(prompts), keep, seed)
         tracker = Tracker(callback, len(prompts) * num_candidates, bool(sampling.upsample) and not first)
 
         def draw(block: Block, finished: int) -> None:
             report = self.reporter(tracker, block, finished)
             embedding = self.image_embeddings(encoded, block, seed, sampling, report)  # P, n, D, or None
             pixels = self.decode(encoded, embedding, block, seed, sampling, report)  # P, n, 3, H, W
-            best.rank(block, self.upsample(pixels, block, seed, sampling, report) if first else pixels)
+            best.rank(
+                block, self.upsample(pixels, prompts, block, seed, enlarging, report) if enlarging and first else pixels
+            )
 
         rows = chunk_size or self.rows_at_once()
         complete = in_blocks(draw, blocks(len(prompts), num_candidates, rows, ROWS_TOGETHER))
         output = best.output(prompts, complete)
-        if sampling.upsample and not first:
-            output = upsampled(output, self.upsampler, sampling.upsampler_steps, tracker)
+        if enlarging is not None and not first:
+            output = upsampled(output, enlarging, tracker, self.computes_on)
+        self.maybe_free_model_hooks()
         return output
 
     def resolve_sampling(
@@ -163,60 +162,41 @@ class DALLE2Pipeline(DiffusionPipeline):
         result = resolved("dalle2", given or {}, sampling, self.config.defaults)
         if image is not None and asked not in (None, PICTURE_MODE):
             raise InputError(f"A given picture takes the place of the prior; leave the mode {asked!r} out.")
-        mode = PICTURE_MODE if image is not None else result.mode or ("text" if self.prior is None else "prior")
+        without_prior = "text" if self.decoder.reads_image else "caption"
+        mode = PICTURE_MODE if image is not None else result.mode or ("prior" if self.prior else without_prior)
         if mode == PICTURE_MODE and not isinstance(image, Image.Image):
             raise InputError(f"The mode {PICTURE_MODE!r} needs a picture; give one, or choose from {', '.join(MODES)}.")
         if mode == "prior" and self.prior is None:
-            raise InputError("These weights have no prior; choose the mode 'text' or 'caption'.")
+            raise InputError(f"These weights have no prior; choose the mode {without_prior!r}.")
+        if not self.decoder.reads_image and mode != "caption":
+            raise InputError(f"These weights draw from the caption alone, without the mode {mode!r}; leave it out.")
+        if self.decoder.null_picture and mode == "caption":
+            raise InputError("These weights draw from image embeddings alone; choose another mode than 'caption'.")
         negative = request.clean_prompt(result.negative_prompt)
         return upsampling_of(dataclasses.replace(result, mode=mode, negative_prompt=negative), self.upsampler)
 
     def upsamples_first(self, sampling: DALLE2Sampling) -> bool:
         """Whether pictures are upsampled before they are ranked: see the class."""
-        return bool(sampling.upsample) and self.decoder.config.resolution < max(self.clip.image_size)
-
-    def warn(self, prompts: Sequence[str]) -> None:
-        """Say what will keep the pictures from showing what was asked for: untrained parts, words never seen."""
-        request.warn_of_untrained(self.components)
-        if self.config.known_words is not None:
-            request.warn_of_unknown_words(prompts, frozenset(self.config.known_words), self.config.family)
+        if not sampling.upsample or self.clip is None or not self.ranks:
+            return False
+        return self.decoder.resolution_of_pixels < max(self.clip.image_size)
 
     def encode_prompts(
         self, prompts: Sequence[str], negative_prompt: str = "", image: Image.Image | None = None
     ) -> EncodedPrompts:
         """Clean prompts, which may be empty beside an image -> what CLIP says; warns of prompts that are too long."""
-        return encode_prompts(self.clip, prompts, negative_prompt, image)
+        return encode_prompts(self.clip, self.decoder, prompts, negative_prompt, image)
 
     def image_embeddings(
         self, encoded: EncodedPrompts, block: Block, seed: int, sampling: DALLE2Sampling, report: Report | None = None
     ) -> Tensor | None:
         """The image embeddings (P, n, D) that a block is drawn from, as the mode says; None for the mode "caption"."""
-        count = len(block.candidates)
-        if sampling.mode == "caption":
-            return None
-        if sampling.mode == "text":
-            return encoded.text.embedding[list(block.prompts), None].expand(-1, count, -1)
-        if sampling.mode == PICTURE_MODE:
-            assert encoded.picture is not None
-            return encoded.picture[None].expand(len(block.prompts), count, -1)
-        seeds = filled_up([seed + index for index in block.candidates], block.together)
-        drawn = []
-        for number, prompt in enumerate(block.prompts):
-            span = (PRIOR_SHARE * number / len(block.prompts), PRIOR_SHARE * (number + 1) / len(block.prompts))
-            # A row for each candidate: side by side in one row, they would round differently from place to place.
-            embedding = sample(
-                self.prior,
-                *encoded.text.rows([prompt] * len(seeds)),
-                [[each] for each in seeds],
-                null_text=encoded.null.rows([0]),
-                num_inference_steps=sampling.prior_steps,
-                guidance_scale=sampling.prior_guidance_scale,
-                draws=sampling.prior_draws,
-                scheduler=sampling.prior_scheduler,
-                callback=None if report is None else partial(report, "prior", span),
-            )
-            drawn.append(embedding[:count, 0])
-        return torch.stack(drawn)
+
+        def tell(begin: float, end: float, step: Step) -> None:
+            if report is not None:
+                report("prior", (PRIOR_SHARE * begin, PRIOR_SHARE * end), step)
+
+        return imagining.image_embeddings(self.prior, encoded, block, seed, sampling, tell)
 
     def decode(
         self,
@@ -231,22 +211,24 @@ class DALLE2Pipeline(DiffusionPipeline):
         prompts, candidates = len(block.prompts), len(block.candidates)
         rows = filled_up(list(range(prompts * candidates)), block.together)
         seeds = [seed + block.candidates[row % candidates] for row in rows]
-        embedding = None if image_embedding is None else image_embedding.flatten(0, 1)[rows]  # R, D
+        null_embedding = imagining.null_embeddings(self.prior, encoded, block, seed, sampling)
+        embedding, opposite = (
+            None if each is None else each.flatten(0, 1)[rows] for each in (image_embedding, null_embedding)
+        )  # R, D
         condition = self.decoder.condition(
             embedding, *encoded.text.rows([block.prompts[row // candidates] for row in rows])
         )
-        null = self.decoder.condition(None, *encoded.null.rows([0] * len(rows)))
-        side = self.decoder.config.resolution
+        null = self.decoder.condition(opposite, *encoded.null.rows([0] * len(rows)))
         x_0 = denoise(
             self.predictor(condition),
             scheduler_for(sampling.scheduler, self.decoder),
-            noise_of(seeds, (3, side, side), DECODER).to(self.device),
+            noise_of(seeds, self.decoder.latent_shape, DECODER).to(self.computes_on),
             sampling.num_inference_steps,
             null_predict=self.predictor(null),
             guidance_scale=sampling.guidance_scale,
             guidance_interval=sampling.guidance_interval,
             dynamic_threshold=sampling.dynamic_threshold,
-            clamp=1.0,
+            clamp=self.decoder.clamp,
             eta=sampling.eta,
             seeds=seeds,
             stream=DECODER,
@@ -254,30 +236,39 @@ class DALLE2Pipeline(DiffusionPipeline):
             if report is None
             else partial(report, "decoder", (PRIOR_SHARE, DECODER_SHARE if self.upsamples_first(sampling) else 1.0)),
         )
-        pixels = signed_to_unit(x_0[: prompts * candidates]).clamp(0, 1)
+        # One at a time: see `Block.together`.
+        pixels = torch.cat([self.decoder.to_pixels(row) for row in x_0[: prompts * candidates].split(1)])
         return pixels.unflatten(0, (prompts, candidates))
 
-    def predictor(self, condition: DecoderCondition) -> Callable[[Tensor, Tensor], Tensor]:
+    def predictor(self, condition: Any) -> Callable[[Tensor, Tensor], Tensor]:
         """The decoder under a condition, as the denoising loop calls it."""
         return lambda x_t, t: self.decoder.denoise(x_t, t, condition)
 
     def upsample(
-        self, pixels: Tensor, block: Block, seed: int, sampling: DALLE2Sampling, report: Report | None = None
+        self,
+        pixels: Tensor,
+        prompts: Sequence[str],
+        block: Block,
+        seed: int,
+        enlarging: Enlarging,
+        report: Report | None = None,
     ) -> Tensor:
         """Pixels (P, n, 3, H, W) of a whole block -> (P, n, 3, f H, f W), both in [0, 1]."""
-        seeds = [seed + index for index in block.candidates] * len(block.prompts)
-        large = []
-        for number, (row, own) in enumerate(zip(pixels.flatten(0, 1).split(1), seeds, strict=True)):
-            begin, end = (DECODER_SHARE * (1 + done / len(block)) for done in (number, number + 1))
-            tell = None if report is None else partial(report, "upsampler", (begin, end))
-            large.append(enlarged(self.upsampler, row, own, sampling.upsampler_steps, tell))
+        large: list[Tensor] = []
+        for prompt, row in zip(block.prompts, pixels, strict=True):
+            text = enlarging.read(prompts[prompt])
+            for index, picture in zip(block.candidates, row.split(1), strict=True):
+                begin, end = (DECODER_SHARE * (1 + done / len(block)) for done in (len(large), len(large) + 1))
+                tell = None if report is None else partial(report, "upsampler", (begin, end))
+                large.append(enlarging.enlarge(picture, seed + index, text, tell))
         return torch.cat(large).unflatten(0, pixels.shape[:2])
 
     def rows_at_once(self) -> int:
         """Candidates that are drawn at once where a call does not say."""
-        if self.device.type == "cpu":
+        if self.computes_on.type == "cpu":
             return ROWS_TOGETHER
-        return max(ROWS_TOGETHER, ACCELERATOR_PIXELS // self.decoder.config.resolution**2)
+        _, height, width = self.decoder.latent_shape
+        return max(ROWS_TOGETHER, ACCELERATOR_PIXELS // (height * width))
 
     def reporter(self, tracker: Tracker, block: Block, finished: int) -> Report:
         """What tells the callback about the steps of a block, after `finished` candidates of earlier blocks."""
@@ -285,14 +276,11 @@ class DALLE2Pipeline(DiffusionPipeline):
         def report(stage: str, span: tuple[float, float], step: Step) -> None:
             def preview() -> list[Image.Image]:
                 if stage == "prior":
-                    return grey(len(block), self.decoder.config.resolution)
-                return as_pictures(step.x_0[: len(block)])
+                    return grey(len(block), self.decoder.resolution_of_pixels)
+                if stage == "upsampler":
+                    return as_pictures(step.x_0)
+                return [to_pil(self.decoder.to_pixels(row))[0] for row in step.x_0[: len(block)].split(1)]
 
             tracker.drawing(stage, finished, len(block), (step.index + 1, step.num_steps), preview, span)
 
         return report
-
-
-def filled_up(rows: list[int], together: int) -> list[int]:
-    """The rows, and the first of them again until their number is a multiple of `together`."""
-    return rows + rows[:1] * (-len(rows) % together)

@@ -62,7 +62,7 @@ def generate(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="dalle2: denoising steps of the decoder.")] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="dalle2: ddpm, ddim, dpm-solver++, unipc, euler or unclip.")
+        str | None, typer.Option(help="dalle2: ddpm, ddim, dpm-solver++, unipc, euler, unclip or ddpm-leading.")
     ] = None,
     negative: Annotated[str | None, typer.Option(help="dalle2: what the pictures should be led away from.")] = None,
     mode: Annotated[

@@ -53,15 +53,22 @@ class Drawn:
             "prompt": self.prompt,
             "complete": self.complete,
             "grid": str(self.saved.grid) if self.saved.grid is not None else None,
-            "pictures": [{"path": str(path), "score": round(score, 6), "seed": seed} for path, score, seed in rows],
+            "pictures": [
+                {"path": str(path), "score": None if score is None else round(score, 6), "seed": seed}
+                for path, score, seed in rows
+            ],
         }
 
     def to_text(self) -> str:
         """For a person."""
         rows = zip(self.saved.pictures, self.output.scores[0], self.output.seeds[0], strict=True)
-        lines = [f"  {path}  score {score:.4f}  seed {seed}" for path, score, seed in rows]
+        lines = [f"  {path}{_told(score)}  seed {seed}" for path, score, seed in rows]
         grids = [f"  {path}" for path in (self.saved.grid, self.beside) if path is not None]
         return "\n".join([f"{self.prompt or 'the given picture'}  ({self.pipeline})", *lines, *grids])
+
+
+def _told(score: float | None) -> str:
+    return "" if score is None else f"  score {score:.4f}"
 
 
 def draw(family: Family, job: Job, folder: OutputFolder) -> Iterator[Drawn]:
@@ -82,10 +89,11 @@ def draw(family: Family, job: Job, folder: OutputFolder) -> Iterator[Drawn]:
                 bar.refresh()
                 return interrupt.pressed
 
+            candidates = job.candidates if pipelines[name].ranks else job.keep  # as many as it draws
             output = pipelines[name](
-                prompt, job.candidates, job.keep, job.seed, sampling=samplings[name], callback=follow, **extra
+                prompt, candidates, job.keep, job.seed, sampling=samplings[name], callback=follow, **extra
             )
-            recipe = recipe_of_call(family, name, samplings[name], prompt, job.seed, job.candidates, job.image)
+            recipe = recipe_of_call(family, name, samplings[name], prompt, job.seed, candidates, job.image)
             ranked = list(zip(output.scores[0], output.seeds[0], strict=True))
             recipes = [dataclasses.replace(recipe, seed=seed, score=score) for score, seed in ranked]
             saved = folder.save(output.images[0], recipes) if ranked else SavedPictures([], None)
@@ -141,6 +149,7 @@ def _report_of(family: Family, job: Job, name: str, drawn: Sequence[Drawn], comp
     return {
         "family": {"name": family.name, "hash": family.hash_of(name, bool(sampling.upsample))},
         "pipeline": name,
+        "ranked": pipeline.ranks,
         "settings": dataclasses.asdict(sampling),
         "complete": complete,
         "results": [each.to_json() for each in drawn if each.pipeline == name],

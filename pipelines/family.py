@@ -4,7 +4,6 @@ What a family says of itself without its weights is in family_info.py, whose fun
 """
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from pipelines.family_info import (
     FamilyInfo,
     check_info,
     check_pipeline,
+    class_of,
     describe_family,
     needed_parts,
     pipelines_of,
@@ -57,12 +57,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family(FamilyInfo):
-    """A loaded family: every pipeline uses the same `clip` object, and the same upsampler where there is one.
+    """A loaded family: every pipeline uses the same `clip` object, and the same upsampler, where there is one.
 
     A pipeline is None where the family has not its parts, or where it was not asked for.
     """
 
-    clip: "CLIP" = field(repr=False)
+    clip: "CLIP | None" = field(default=None, repr=False)
     dalle1: "DALLE1Pipeline | None" = field(default=None, repr=False)
     dalle2: "DALLE2Pipeline | None" = field(default=None, repr=False)
 
@@ -107,7 +107,7 @@ def load_family(
     classes: dict[str, Any] = {"dalle1": DALLE1Pipeline, "dalle2": DALLE2Pipeline}
     loaded = {
         each: classes[each](
-            **{part: parts[part] for part in described.parts_of(each)},
+            **{"clip": None, **{part: parts[part] for part in described.parts_of(each)}},
             defaults=described.defaults.get(each),
             family=described.name,
             known_words=described.words,
@@ -117,7 +117,7 @@ def load_family(
     if device is not None:
         for pipeline in loaded.values():
             pipeline.to(device)
-    return Family(described.folder, described.info, clip=parts["clip"], **loaded)
+    return Family(described.folder, described.info, clip=parts.get("clip"), **loaded)
 
 
 def load_part_of(described: FamilyInfo, part: str, dtype: "torch.dtype | None" = None) -> Any:
@@ -127,8 +127,7 @@ def load_part_of(described: FamilyInfo, part: str, dtype: "torch.dtype | None" =
     from genpipe.parts import load_part, sha256_of
 
     folder = described.folder / part
-    module, _, class_name = PART_CLASSES[part].rpartition(".")
-    model = load_part(getattr(importlib.import_module(module), class_name), folder, dtype or torch.float32)
+    model = load_part(class_of(part, described.info["parts"][part]["class"]), folder, dtype or torch.float32)
     if sha256_of(folder) != described.info["parts"][part]["sha256"]:
         raise InputError(
             f"The files of the part {part!r} in {str(described.folder)!r} are not those that {INFO_FILE} lists (its "

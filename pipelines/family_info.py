@@ -4,6 +4,7 @@ A family is a folder: family.json (what it is, the checksum of every part), one 
 """
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -17,19 +18,24 @@ from genpipe.errors import InputError
 from pipelines.request import is_whole
 from pipelines.settings import sampling_of
 
-FORMAT_VERSION = 2  # 1: all of dalle1's parts and no others; the defaults are dalle1's
+# 1: all of dalle1's parts and no others; the defaults are dalle1's. 2: one class for each part, and always a CLIP.
+FORMAT_VERSION = 3
 INFO_FILE = "family.json"
 INFO_LIMIT = 10_000_000  # bytes; a word list is far smaller
 
-# Part -> dotted path of its class. The paths stand in saved weights: they are frozen.
-PART_CLASSES = {
-    "clip": "genpipe.clip.model.CLIP",
-    "dvae": "genpipe.dalle1.dvae.DVAE",
-    "transformer": "genpipe.dalle1.transformer.DALLE1Transformer",
-    "prior": "genpipe.dalle2.prior.Prior",
-    "decoder": "genpipe.dalle2.decoder.Decoder",
-    "upsampler": "genpipe.dalle2.upsampler.Upsampler",
-}
+# Part -> dotted paths of the classes that it may be of; family.json names one of them, the first is that of own
+# trainings. The paths stand in saved weights: they are frozen.
+PART_CLASSES: dict[str, tuple[str, ...]] = {
+    "clip": ("genpipe.clip.model.CLIP",),
+    "dvae": ("genpipe.dalle1.dvae.DVAE", "genpipe.dalle1.vqgan.VQGAN"),
+    "transformer": ("genpipe.dalle1.transformer.DALLE1Transformer", "genpipe.dalle1.mindalle.MinDALLETransformer"),
+    "prior": ("genpipe.dalle2.prior.Prior",),
+    "decoder": (
+        "genpipe.dalle2.decoder.Decoder", "genpipe.dalle2.latent_decoder.LatentDecoder", "genpipe.dalle2.glide.GLIDE",
+    ),
+    "upsampler": ("genpipe.dalle2.upsampler.Upsampler", "genpipe.dalle2.glide.GLIDEUpsampler"),
+    "guide": ("genpipe.clip.noise_aware.NoiseAwareCLIP",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,10 @@ class PipelineParts:
     optional: tuple[str, ...]
 
 
+# Without a CLIP nothing is ranked, and a decoder needs a text encoder of its own.
 PIPELINE_PARTS = {
-    "dalle1": PipelineParts(("clip", "dvae", "transformer"), ("upsampler",)),
-    "dalle2": PipelineParts(("clip", "decoder"), ("prior", "upsampler")),
+    "dalle1": PipelineParts(("dvae", "transformer"), ("clip", "upsampler")),
+    "dalle2": PipelineParts(("decoder",), ("clip", "prior", "upsampler", "guide")),
 }
 
 
@@ -100,6 +107,15 @@ class FamilyInfo:
         parts = [part for part in self.parts_of(pipeline) if upsampled or part != "upsampler"]
         checksums = [f"{part}:{self.info['parts'][part]['sha256']}" for part in parts]
         return hashlib.sha256("\n".join(checksums).encode()).hexdigest()[:12]
+
+
+def class_of(part: str, class_name: str | None = None) -> Any:
+    """The class of a part, by its bare name; None: that of own trainings. Raises InputError for an unknown name."""
+    for path in PART_CLASSES[part]:
+        module, _, name = path.rpartition(".")
+        if class_name in (None, name):
+            return getattr(importlib.import_module(module), name)
+    raise InputError(f"There is no class {str(class_name)[:40]!r} for the part {part!r}; get the family again.")
 
 
 def pipelines_of(parts: Iterable[str]) -> list[str]:
@@ -216,9 +232,9 @@ def check_info(info: Any, where: str) -> None:
     for part, entry in parts.items():
         if part not in PART_CLASSES:
             raise refuse(f"lists a part {part[:40]!r} that is not known")
-        class_name = PART_CLASSES[part].rpartition(".")[2]
-        if not isinstance(entry, dict) or entry.get("class") != class_name:
-            raise refuse(f"lists no part {part!r} of the class {class_name}")
+        names = [path.rpartition(".")[2] for path in PART_CLASSES[part]]
+        if not isinstance(entry, dict) or entry.get("class") not in names:
+            raise refuse(f"lists no part {part!r} of the class {' or '.join(names)}")
         if not re.fullmatch(r"[0-9a-f]{64}", str(entry.get("sha256"))):
             raise refuse(f"has no checksum (sha256) for the part {part!r}")
     words = info.get("words")

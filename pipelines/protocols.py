@@ -1,16 +1,18 @@
-"""What the pipelines ask of parts that come in several classes: the table of them stands in pipelines.family_info.
+"""What the pipelines ask of parts that come in several classes, whose table stands in pipelines.family_info.
+
+DALL-E 1's transformers share a base class instead, genpipe.dalle1.cached.CachedTransformer.
 
 Legend: B prompts, R rows, L text positions, D CLIP width, N image tokens, C h w of what is denoised, H W pixels. Every
 part is a ModelMixin with a config as well. What is named here is all that a pipeline uses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from genpipe.tokenizer import TokenBatch
+from pipelines.request import Tokenizer
 
 
 class TextEncoding(Protocol):
@@ -31,8 +33,7 @@ class TextReader(Protocol):
         """L, start and end included."""
 
     @property
-    def tokenizer(self) -> Callable[[Sequence[str], int], TokenBatch]:
-        """Texts, L -> ids and mask (B, L)."""
+    def tokenizer(self) -> Tokenizer: ...
 
     def encode_text(self, texts: Sequence[str]) -> TextEncoding: ...
 
@@ -107,30 +108,3 @@ class ImageTokenizer(Protocol):
 
     def decode(self, image_tokens: Tensor) -> Tensor:
         """Image tokens (R, N) -> pixels (R, 3, H, W) in [0, 1]."""
-
-
-class TokenTransformer(Protocol):
-    """DALL-E 1's second stage, as `genpipe.dalle1.sampling` runs it: DALLE1Transformer, MinDALLETransformer.
-
-    Its config has text_length, grid_size, num_image_tokens, num_layers and width.
-    """
-
-    config: Any
-
-    @property
-    def tokenizer(self) -> Callable[[Sequence[str], int], TokenBatch]: ...
-
-    @property
-    def prefix_length(self) -> int: ...
-
-    @property
-    def image_length(self) -> int: ...
-
-    @property
-    def sequence_length(self) -> int: ...
-
-    def prefill(self, ids: Tensor, mask: Tensor, image_prefix: Tensor | None = None) -> tuple[Any, Tensor]:
-        """Read prompts (R, L) -> a key/value cache, and the logits (R, V) of the first image token."""
-
-    def decode_next(self, image_tokens: Tensor, cache: Any) -> Tensor:
-        """One image token per row (R,) -> logits (R, V) of the token after it."""

@@ -30,7 +30,7 @@ class Recipe:
     family_hash: str
     prompt: str
     seed: int
-    score: float
+    score: float | None  # None: it was not ranked
     first_seed: int
     candidates: int
     settings: dict[str, Any]  # the pipeline's sampling, field by field
@@ -61,7 +61,7 @@ class Recipe:
             "family": {"name": self.family, "hash": self.family_hash},
             "prompt": self.prompt,
             "seed": self.seed,
-            "score": round(self.score, 6),
+            "score": None if self.score is None else round(self.score, 6),
             "call": {"first_seed": self.first_seed, "candidates": self.candidates},
             "settings": self.settings,
             **({"image": self.image} if self.image is not None else {}),
@@ -108,7 +108,7 @@ class Recipe:
         if (getattr(self.sampling, "mode", None) == PICTURE_MODE) != (self.image is not None):
             raise InputError("it tells of a given picture and of none")
         request.check_positive("The number of threads", self.threads)
-        if not request.is_finite(self.score):
+        if self.score is not None and not request.is_finite(self.score):
             raise InputError("its score is not a number")
 
 
@@ -144,11 +144,11 @@ def recipe_of_call(
         family_hash=family.hash_of(pipeline, bool(sampling.upsample)),
         prompt=prompt,
         seed=first_seed,
-        score=0.0,
+        score=None,
         first_seed=first_seed,
         candidates=candidates,
         settings=asdict(sampling),
-        device=family.pipeline(pipeline).device.type,
+        device=family.pipeline(pipeline).computes_on.type,
         threads=torch.get_num_threads(),
         version=genpipe.__version__,
         image=None if image is None else identity_of(image),

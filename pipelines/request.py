@@ -28,11 +28,12 @@ class GenerationOutput:
     """Pictures of B prompts, best first.
 
     `images`, `scores` (cosine similarity of picture and prompt under CLIP, in [-1, 1]) and `seeds` are B lists of at
-    most `keep` entries. `complete` is False where the callback stopped the call: the lists then hold what was finished.
+    most `keep` entries. Where there is no CLIP to rank them, scores are None and pictures stand in the order of seeds.
+    `complete` is False where the callback stopped the call: the lists then hold what was finished.
     """
 
     images: list[list[Image.Image]]
-    scores: list[list[float]]
+    scores: list[list[float | None]]
     seeds: list[list[int]]
     prompts: list[str]
     complete: bool = True
@@ -163,6 +164,13 @@ def warn_of_untrained(components: Mapping[str, Any]) -> None:
             "unless they were trained in this process, the pictures will be noise.",
             stacklevel=4,
         )
+
+
+def warn_of_no_ranking(lacking: str) -> None:
+    """Say why the pictures come back in the order of their seeds."""
+    warnings.warn(
+        f"Not ranked: these weights have no {lacking}, so no more candidates are drawn than are kept.", stacklevel=4
+    )
 
 
 def check_counts(num_candidates: int, keep: int, seed: int, chunk_size: int | None) -> None:

@@ -22,8 +22,8 @@ class DALLE1Sampling:
     """How DALL-E 1 draws.
 
     temperature, top_k, top_p: of the drawing of image tokens. guidance_scale: 1 is the conditional prediction alone.
-    upsample: whether kept pictures are enlarged; None: where there is an upsampler. upsampler_steps: of its denoising;
-    None: as many as it was made for.
+    upsample: whether kept pictures are enlarged; None: where there is an upsampler.
+    upsampler_steps, upsampler_scheduler: of its denoising; None: those that it was made for.
     """
 
     temperature: float = 1.0
@@ -32,6 +32,7 @@ class DALLE1Sampling:
     guidance_scale: float = 1.0
     upsample: bool | None = None
     upsampler_steps: int | None = None
+    upsampler_scheduler: str | None = None
 
     def check(self) -> None:
         """Raises InputError for numbers out of range."""
@@ -51,7 +52,7 @@ class DALLE2Sampling:
         the text embedding stands in for it; "image": a given picture's. None: "image" with a given picture, else
         "prior", or "text" where there is no prior.
     prior_guidance_scale, prior_steps, prior_draws, prior_scheduler: the prior's; of its draws the closest is kept.
-    upsample, upsampler_steps: as in DALLE1Sampling.
+    upsample, upsampler_steps, upsampler_scheduler: as in DALLE1Sampling.
     """
 
     guidance_scale: float = 3.0
@@ -68,6 +69,7 @@ class DALLE2Sampling:
     prior_scheduler: str = "ddim"
     upsample: bool | None = None
     upsampler_steps: int | None = None
+    upsampler_scheduler: str | None = None
 
     def check(self) -> None:
         """Raises InputError for numbers out of range and names that are not known."""
@@ -111,7 +113,7 @@ def sampling_of(pipeline: str, settings: Mapping[str, Any]) -> Any:
     plain = SAMPLINGS[pipeline]()
     sampling = dataclasses.replace(plain, **values)
     sampling.check()
-    for name in ("scheduler", "prior_scheduler"):
+    for name in ("scheduler", "prior_scheduler", "upsampler_scheduler"):
         if name in values and values[name] != getattr(plain, name):
             _check_scheduler(values[name])
     return sampling

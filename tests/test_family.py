@@ -235,7 +235,7 @@ def test_saving_is_whole_or_not_at_all(tiny_copy: Path, tmp_path: Path) -> None:
         save_family(tiny_copy, tiny_parts(1), TINY_INFO)
     with pytest.raises(InputError, match="no name"):
         save_family(tiny_copy, tiny_parts(1), {**TINY_INFO, "name": "a/b"}, replace=True)
-    with pytest.raises(InputError, match="needs the parts of a pipeline .*dalle2: clip, decoder.*, got clip"):
+    with pytest.raises(InputError, match="needs the parts of a pipeline .*dalle2: decoder.*, got clip"):
         save_family(tmp_path / "half", {"clip": tiny_parts()["clip"]}, TINY_INFO)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
