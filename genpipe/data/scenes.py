@@ -282,8 +282,9 @@ class EmojiScenes:
         twin_scene = change[kind](scene, generator)
         wording = Wording.draw(generator)
         mention = True if kind == "recoloured" else None
+        placed = kind in ("swapped", "turned")
         caption, twin_caption = (
-            write_caption(s, wording, mention, kind in ("swapped", "turned"), self.plain_share) for s in (scene, twin_scene)
+            write_caption(s, wording, mention, placed, self.plain_share) for s in (scene, twin_scene)
         )
         return Twins(kind, scene, twin_scene, caption, twin_caption, self.draw(scene), self.draw(twin_scene))
 
