@@ -1,10 +1,15 @@
-"""Guidance and thresholding of predictions (2207.12598; GLIDE 2112.10741, 2.3; Imagen 2205.11487, 2.3).
+"""Guidance and thresholding of predictions (2207.12598; GLIDE 2112.10741, 2.2-2.3; Imagen 2205.11487, 2.3).
 
 Legend: R rows; a row is a picture (C, H, W) or an embedding (D,).
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from genpipe.dalle2.losses import per_row
 
 
 def classifier_free(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
@@ -13,6 +18,37 @@ def classifier_free(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
     Linear, so that it means the same for predictions of the noise, of x_0 and of v at one time step.
     """
     return null + scale * (conditional - null)
+
+
+def clip_gradient(
+    encode_image: Callable[[Tensor, Tensor], Tensor], text_embedding: Tensor, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """scale * gradient in x_t of f(x_t, t) . g(c), both of length 1 (2112.10741, 2.3), for `sampling.denoise`.
+
+    Args:
+        encode_image: a noise-aware CLIP: x_t (R, C, H, W), t () or (R,) -> embedding (R, D), of any length.
+        text_embedding: g(c) (R, D), of any length. scale: guidance scale s times the CLIP's logit scale.
+    """
+    text = F.normalize(text_embedding.detach().float(), dim=-1)
+
+    def gradient(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_(True)
+            image = F.normalize(encode_image(x, t).float(), dim=-1)
+            (slope,) = torch.autograd.grad((image * text).sum(), x)  # of each row's own cosine
+        return scale * slope
+
+    return gradient
+
+
+def toward(x_0: Tensor, gradient: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_0 (R, ...) that a noise prediction shifted by -sqrt(1 - alpha_bar) gradient stands for; alpha_bar: (R,).
+
+    (2105.05233, algorithm 2.) For every scheduler: DDPM's have a mean that is shifted by variance * gradient instead
+    (2112.10741, 2.2), which differs from this where steps are long.
+    """
+    a = per_row(alpha_bar, x_0)
+    return x_0 + (1 - a) / a.sqrt() * gradient.to(x_0)
 
 
 def dynamic_threshold(x_0: Tensor, percentile: float) -> Tensor:

@@ -25,9 +25,11 @@ from genpipe.dalle2.schedulers import (
     ends_at_x_0,
     make_scheduler,
     scheduler_for,
+    shifts_mean,
     started,
     times_of,
     uses_variance,
+    variance_of,
     with_variance,
 )
 from genpipe.errors import InputError
@@ -81,6 +83,8 @@ def denoise(
     dynamic_threshold: float | None = None,
     clamp: float | None = None,
     eta: float = 0.0,
+    gradient: Predict | None = None,
+    known: Tensor | None = None,
     seeds: Sequence[int] | None = None,
     stream: int,
     callback: Callable[[Step], None] | None = None,
@@ -100,6 +104,9 @@ def denoise(
         clamp: largest absolute value of x_0, 1 for pixels; None: unlimited. A model that predicts the noise needs one
             of the two: at the noisiest step its smallest error would be magnified some 20,000 times.
         eta: share of the noise that DDIM replaces, in [0, 1]; other schedulers take 0 only.
+        gradient: of what the rows are led towards, at x_t, scaled; see `guidance.clip_gradient` and `toward`.
+        known: (R, C + 1, ...), x_0 where it is known and a last channel that is 1 there and 0 elsewhere, where the
+            others are ignored: estimates of x_0 are corrected by it at every step (2112.10741, 2.4).
         seeds: one per row; needed by schedulers that add noise. stream: as for `noise_of`.
         callback: called after every step; what it raises ends the loop.
         stage: whose loop it is, for messages.
@@ -122,8 +129,11 @@ def denoise(
         prediction, variance = answer[:, :channels], answer[:, channels:]
         alpha_bar, kind = alpha_bars[i].expand(len(x)), scheduler.config.prediction_type
         x_0 = predicted_x_0(x_t, prediction, alpha_bar, kind)
-        if dynamic_threshold is not None or clamp is not None:
-            x_0 = _limited(x_0, dynamic_threshold, clamp)
+        slope = None if gradient is None else gradient(x_t, t)
+        if slope is not None and not shifts_mean(scheduler):
+            x_0 = guidance.toward(x_0, slope, alpha_bar)
+        if not (slope is known is dynamic_threshold is clamp is None):
+            x_0 = _limited(x_0 if known is None else _corrected(x_0, known), dynamic_threshold, clamp)
             prediction = _prediction_of(x_0, x_t, alpha_bar, kind)
         if i == n - 1 and ends_at_x_0(scheduler):
             x = x_0
@@ -133,6 +143,8 @@ def denoise(
             if isinstance(scheduler, UnCLIPScheduler):  # the only one that does not look it up itself
                 options["prev_timestep"] = int(times[i + 1])
             x = scheduler.step(prediction, timestep, x, **options, return_dict=False)[0]
+            if slope is not None and shifts_mean(scheduler):  # 2112.10741, 2.2
+                x = x + variance_of(scheduler, timestep, variance) * slope
         if callback is not None:
             callback(Step(i, n, t, x_t, x_0))
     return x
@@ -174,6 +186,12 @@ def _limited(x_0: Tensor, percentile: float | None, clamp: float | None) -> Tens
     if percentile is not None:
         x_0 = guidance.dynamic_threshold(x_0, percentile)
     return x_0 if clamp is None else x_0.clamp(-clamp, clamp)
+
+
+def _corrected(x_0: Tensor, known: Tensor) -> Tensor:
+    """x_0 where nothing is known, what is known elsewhere."""
+    share = known[:, -1:].to(x_0)
+    return x_0 * (1 - share) + known[:, :-1].to(x_0) * share
 
 
 def _prediction_of(x_0: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:

@@ -71,6 +71,43 @@ class EvenDDIMScheduler(DDIMScheduler):
         return variance
 
 
+def fast27_timesteps(num_train_timesteps: int) -> list[int]:
+    """GLIDE's 27 time steps, noisiest first: 10, 10, 3, 2 and 2 of five equal sections from clean to noise.
+
+    Each section is walked evenly from its first to its last step; the very last one is drawn in by two, which keeps
+    DDIM from artefacts of the noisiest steps (released code of 2112.10741).
+    """
+    size = num_train_timesteps // 5
+    chosen = [section * size + round(i * (size - 1) / (n - 1)) for section, n in enumerate(_FAST27) for i in range(n)]
+    chosen[-1] -= 2
+    return chosen[::-1]
+
+
+_FAST27 = (10, 10, 3, 2, 2)
+
+
+class _Fast27:
+    """Mixin: 27 steps are those of `fast27_timesteps`; other numbers are spaced as the config says."""
+
+    config: Any
+    timesteps: Tensor
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """As diffusers'."""
+        super().set_timesteps(num_inference_steps, device=device)  # type: ignore[misc]
+        total = self.config.num_train_timesteps
+        if num_inference_steps == sum(_FAST27) and total % 5 == 0 and total >= 5 * max(_FAST27):
+            self.timesteps = torch.tensor(fast27_timesteps(total), device=device)
+
+
+class Fast27DDIMScheduler(_Fast27, EvenDDIMScheduler):
+    """DDIM through GLIDE's list of 27 time steps."""
+
+
+class Fast27DDPMScheduler(_Fast27, DDPMScheduler):
+    """DDPM through GLIDE's list of 27 time steps."""
+
+
 # Name -> class and options. "trailing" spacing starts at the noisiest time step and makes even strides from there.
 # "leading" starts below it (5 steps of 1,000 at 800), where the model expects to see something of the picture, but is
 # given noise alone (2305.08891, 3.3). Nothing is clipped here: `denoise` clamps, as each part needs.
@@ -93,6 +130,16 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
         DDPMScheduler,
         {"timestep_spacing": "linspace", "clip_sample": False, "variance_type": "fixed_small_log"},
     ),
+    # As published latent decoders are used, for all that is said of "leading" above: even whole strides, from t = 1 on.
+    "ddpm-leading": (
+        DDPMScheduler,
+        {
+            "timestep_spacing": "leading",
+            "steps_offset": 1,
+            "clip_sample": False,
+            "variance_type": "fixed_small",
+        },
+    ),
 }
 
 
@@ -103,18 +150,23 @@ def make_scheduler(
     num_train_timesteps: int,
     prediction_type: str,
     learned_variance: bool = False,
+    beta_start: float | None = None,
+    beta_end: float | None = None,
 ) -> SchedulerMixin:
     """A fresh scheduler, by name (see SCHEDULERS) or as a copy of a given object, which is used as it is configured.
 
-    beta_schedule, num_train_timesteps, prediction_type: those that the model was trained with, in diffusers' names.
+    beta_schedule, num_train_timesteps, prediction_type: those that the model was trained with, in diffusers' names;
+    beta_start, beta_end too, which the cosine schedule does not have: None is diffusers' own, 0.0001 and 0.02.
     learned_variance: the model answers the variance too; the stochastic schedulers made by name use it.
     Raises InputError for an unknown name, and for an object that was made for another training.
     """
-    trained = {
+    trained: dict[str, Any] = {
         "beta_schedule": beta_schedule,
         "num_train_timesteps": num_train_timesteps,
         "prediction_type": prediction_type,
     }
+    ends = {"beta_start": beta_start, "beta_end": beta_end}
+    trained |= {name: value for name, value in ends.items() if value is not None}
     if not isinstance(name, str):
         _check_object(name, trained)
         return copy.deepcopy(name)
@@ -138,6 +190,8 @@ def scheduler_for(name: str | SchedulerMixin, part: Any) -> SchedulerMixin:
         num_train_timesteps=config.num_train_timesteps,
         prediction_type=config.prediction_type,
         learned_variance=config.get("learned_variance", False),
+        beta_start=config.get("beta_start"),
+        beta_end=config.get("beta_end"),
     )
 
 
@@ -152,6 +206,9 @@ def started(scheduler: Any, num_inference_steps: int, device: torch.device) -> A
         # The only step of the other spacings is t = 0 for some classes, where noise would be taken for a picture.
         scheduler.register_to_config(timestep_spacing="trailing")
     scheduler.set_timesteps(num_inference_steps, device=device)
+    beyond = int(scheduler.timesteps[0]) - (scheduler.config.num_train_timesteps - 1)
+    if beyond > 0:  # with all T steps there is no room for an offset
+        scheduler.timesteps = scheduler.timesteps - beyond
     if int(scheduler.timesteps[-1]) < 0:
         # For some n (61 of 1,000) the rounding of a stride gives diffusers' trailing spacing one step too many, t = -1.
         scheduler.timesteps = scheduler.timesteps[:-1]
@@ -180,6 +237,22 @@ def alpha_bars_of(scheduler: Any) -> Tensor:
 def uses_variance(scheduler: Any) -> bool:
     """Whether its step splits the variance's place in its range off the prediction (2102.09672, 3.1)."""
     return isinstance(scheduler, DDPMScheduler | UnCLIPScheduler) and scheduler.config.variance_type == "learned_range"
+
+
+def shifts_mean(scheduler: Any) -> bool:
+    """Whether its steps are draws of a Gaussian whose mean a gradient can shift: see `variance_of`."""
+    return isinstance(scheduler, DDPMScheduler)
+
+
+def variance_of(scheduler: DDPMScheduler, timestep: int, fraction: Tensor) -> Tensor:
+    """Variance of the Gaussian that a step of DDPM draws from, of a shape that spreads over x.
+
+    fraction: the model's answer to where it lies in its range (2102.09672, 3.1), empty where it has none.
+    """
+    kind = scheduler.config.variance_type
+    if kind == "learned_range":
+        return scheduler._get_variance(timestep, predicted_variance=fraction).exp()
+    return scheduler._get_variance(timestep, variance_type="fixed_large" if "large" in kind else "fixed_small")
 
 
 def with_variance(prediction: Tensor, fraction: Tensor) -> Tensor:
@@ -221,7 +294,7 @@ def _check_object(scheduler: Any, trained: dict[str, Any]) -> None:
             f"a scheduler is one of {', '.join(SCHEDULERS)}, or an object of diffusers, not {scheduler!r}."
         )
     if scheduler.config.get("trained_betas") is not None:  # they take the place of the schedule's name
-        trained = {key: value for key, value in trained.items() if key != "beta_schedule"}
+        trained = {key: value for key, value in trained.items() if not key.startswith("beta_")}
     for key, value in trained.items():
         if scheduler.config.get(key) != value:
             raise InputError(
