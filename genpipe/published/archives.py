@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from genpipe.errors import InputError
 
 MAX_MEMBERS = 10_000
-MAX_MEMBER_BYTES = 64 << 30
+MAX_MEMBER_BYTES = 16 << 30
 
 
 def open_tar(path: str | os.PathLike[str], expected: Sequence[str], folder: str | os.PathLike[str]) -> list[Path]:
@@ -32,8 +32,7 @@ def open_tar(path: str | os.PathLike[str], expected: Sequence[str], folder: str 
         with tarfile.open(archive) as opened:
             chosen = _chosen(opened, archive, expected)
             for name, member in chosen.items():
-                plain = tarfile.data_filter(member, str(fresh))  # refuses what _chosen refuses, and drops odd modes
-                opened.extract(plain.replace(name=name, deep=False), fresh, filter="data")
+                opened.extract(member.replace(name=name, deep=False), fresh, filter="data")
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             target.rmdir()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from genpipe.errors import InputError
 from genpipe.published.archives import checksum, open_tar
 from genpipe.published.pickles import Inert
 from genpipe.published.stored import Damaged, Storage, StoredTensor, contiguous
-from genpipe.published.torch_files import read_legacy, read_zip
+from genpipe.published.torch_files import ZIP_START, is_scripted, read_legacy, read_zip
 from genpipe.weight_files import MAX_HEADER_BYTES, Table
 
-__all__ = ["checksum", "find_weights", "open_tar", "read_tensors", "table_of"]
+__all__ = ["checksum", "find_weights", "is_torch_script", "open_tar", "read_tensors", "table_of"]
 
 SAFETENSORS_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+MAX_MODULES = 5_000
+MAX_NAME = 1_000  # characters
 SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
@@ -45,7 +47,7 @@ def read_tensors(
     is. With `map=False`, or with a `dtype` other than the file's (for its floating-point tensors), each is copied when
     read and its pages are given back at once. `inside`: keys of a dictionary around the weights, the first one present
     is entered. `stand_ins`: dotted names of classes that a pickle may mention; nothing is imported for them. A pickled
-    module becomes the names of its parameters and buffers.
+    module becomes the names of its parameters and buffers, a list of tensors the names "0", "1" and so on.
 
     Raises InputError, one sentence that names the file, for what is missing, truncated, no known container, or damaged,
     for globals that a pickle may not ask for, for tensors that leave their storage, and for entries that are none.
@@ -84,19 +86,27 @@ def find_weights(folder: str | os.PathLike[str], *stems: str) -> Path:
     raise InputError(f"{folder} has no weights, {names} was expected; get the folder again.")
 
 
+def is_torch_script(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an archive of torch.jit.save. Raises InputError if it is a zip file that cannot be read."""
+    try:
+        return is_scripted(Path(path))
+    except Damaged as error:
+        raise InputError(f"{path} is refused: {error}.") from error
+
+
 def _stored(path: Path, inside: Sequence[str], stand_ins: Sequence[str]) -> dict[str, StoredTensor]:
     """Name -> StoredTensor of whatever container `path` is. Raises InputError."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
-        if start[:1] == b"{":
-            return _read_index(path, inside, stand_ins)
-        if start[:4] == b"PK\x03\x04":
+        if start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= MAX_HEADER_BYTES:
+            return _read_safetensors(path)  # asked first: its length may begin with any of the bytes below
+        if start[:4] == ZIP_START:
             return _named(read_zip(path, stand_ins), inside)
         if start[:1] == b"\x80":
             return _named(read_legacy(path, stand_ins), inside)
-        if start[8:9] == b"{":
-            return _read_safetensors(path)
+        if start[:1] == b"{":
+            return _read_index(path, inside, stand_ins)
         raise Damaged(_strange(start, path.stat().st_size))
     except Damaged as error:
         raise InputError(f"{path} is refused: {error}.") from error
@@ -175,7 +185,9 @@ def _named(value: Any, inside: Sequence[str]) -> dict[str, StoredTensor]:
         entered = next((key for key in inside if key in value), None)
         value = value if entered is None else value[entered]
     if isinstance(value, Inert):
-        return dict(_walk(value, "", set()))
+        return _walk(value)
+    if isinstance(value, (tuple, list)):
+        value = {str(place): entry for place, entry in enumerate(value)}
     if not isinstance(value, Mapping):
         raise Damaged(f"it holds a {type(value).__name__}, not a dictionary of tensors")
     others = [
@@ -190,15 +202,20 @@ def _is_entry(name: Any, entry: Any) -> bool:
     return isinstance(name, str) and isinstance(entry, StoredTensor)
 
 
-def _walk(module: Inert, prefix: str, above: set[int]) -> Iterator[tuple[str, StoredTensor]]:
+def _walk(top: Inert) -> dict[str, StoredTensor]:
     """The tensors of a pickled module by the names of its state dict; of a scripted one, those of its attributes."""
-    if id(module) in above or len(above) > 100:
-        raise Damaged("its modules contain one another")
-    own = [module.state.get(kind) for kind in ("_parameters", "_buffers", "_modules")]
-    groups = [group for group in own if isinstance(group, Mapping)] or [module.state]
-    for group in groups:
-        for name, entry in group.items():
-            if isinstance(entry, StoredTensor):
-                yield f"{prefix}{name}", entry
+    found: dict[str, StoredTensor] = {}
+    waiting = [("", top)]
+    for prefix, module in waiting:
+        if len(waiting) > MAX_MODULES or len(prefix) > MAX_NAME:
+            raise Damaged("its modules contain one another")
+        state = module.state
+        own = [state.get(kind) for kind in ("_parameters", "_buffers", "_modules")]
+        groups = [group for group in own if isinstance(group, Mapping)] or [state]
+        unsaved = state.get("_non_persistent_buffers_set") or ()
+        for name, entry in (pair for group in groups for pair in group.items()):
+            if isinstance(entry, StoredTensor) and name not in unsaved:
+                found[f"{prefix}{name}"] = entry
             elif isinstance(entry, Inert):
-                yield from _walk(entry, f"{prefix}{name}.", above | {id(module)})
+                waiting.append((f"{prefix}{name}.", entry))
+    return found

@@ -118,8 +118,8 @@ def assign(
     if problems:
         raise InputError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}.")
     for name, tensor in used.items():
-        if tensor.is_floating_point() and dtype is not None:
-            used[name] = tensor.to(dtype)
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        used[name] = tensor.to(kind).contiguous()  # a transposed view could not be saved as it is
     model.load_state_dict(used, strict=True, assign=True)
     wanting = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if wanting and not any(tensor.is_meta for tensor in used.values()):

@@ -13,6 +13,7 @@ import torch
 from genpipe.published.pickles import MAX_PICKLE_BYTES, read_pickle
 from genpipe.published.stored import Damaged, Storage
 
+ZIP_START = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 MAX_RECORDS = 200_000
 WANTED = ("data.pkl", "data/", "constants.pkl", "byteorder")  # a TorchScript archive's code, compressed, is not
@@ -44,6 +45,14 @@ def read_zip(path: Path, stand_ins: Collection[str]) -> Any:
         return read_pickle(file, storage, stand_ins, torch_script=top + "constants.pkl" in records)
 
 
+def is_scripted(path: Path) -> bool:
+    """Whether a file is an archive of torch.jit.save. Raises Damaged if it is a zip file that cannot be read."""
+    with path.open("rb") as file:
+        if file.read(4) != ZIP_START:
+            return False
+    return any(name.endswith("/constants.pkl") for name in _records(path))
+
+
 def _records(path: Path) -> dict[str, tuple[int, int]]:
     """Name -> (first byte, bytes) of the records that hold weights or describe them; nothing is unpacked."""
     end = path.stat().st_size
@@ -60,7 +69,7 @@ def _records(path: Path) -> dict[str, tuple[int, int]]:
                     raise Damaged(f"its record {entry.filename[:60]!r} is compressed, which torch never does")
                 file.seek(entry.header_offset)
                 head = file.read(30)
-                if len(head) != 30 or head[:4] != b"PK\x03\x04":
+                if len(head) != 30 or head[:4] != ZIP_START:
                     raise Damaged(f"its record {entry.filename[:60]!r} is not where its table says")
                 start = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
                 if start + entry.file_size > end:
