@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, PriorTransformer, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -60,6 +61,8 @@ class Prior(ModelMixin, ConfigMixin):
         embedding_scale: "unit" brings every embedding to length sqrt(D), "raw" leaves them as CLIP gives them.
         beta_schedule, num_train_timesteps: diffusers' names; "squaredcos_cap_v2" is the cosine schedule.
         clip_identity: `genpipe.identity.weights_identity` of the CLIP it was trained beside; None: unknown.
+        clamp: limit of the coordinates of the standardised x_0 at every step of a drawing; None: unlimited. Karlo's
+            original sampler and Kandinsky take 10.
     Raises InputError for sizes that do not fit.
     """
 
@@ -78,8 +81,11 @@ class Prior(ModelMixin, ConfigMixin):
         beta_schedule: str = "squaredcos_cap_v2",
         num_train_timesteps: int = 1000,
         clip_identity: str | None = None,
+        clamp: float | None = 5.0,
     ) -> None:
         super().__init__()
+        if clamp is not None and not clamp > 0:
+            raise InputError(f"the clamp of a prior must be above 0, or None, not {clamp!r}.")
         if embedding_scale not in EMBEDDING_SCALES:
             raise InputError(f"embedding_scale must be one of {EMBEDDING_SCALES}, not {embedding_scale!r}.")
         if min(embedding_dim, text_width, text_length, num_layers, num_heads, head_dim) < 1 or num_heads * head_dim % 2:
@@ -113,6 +119,7 @@ class Prior(ModelMixin, ConfigMixin):
         """CLIP's image embeddings (..., D) -> standardised ones, the x_0 of the diffusion, float32."""
         return (self.scaled(embedding) - self.mean.float()) / self.std.float()
 
+    @apply_forward_hook
     def from_prior(self, x_0: Tensor) -> Tensor:
         """Standardised embeddings (..., D) -> image embeddings in CLIP's directions; "unit": of length near sqrt(D)."""
         return x_0.float() * self.std.float() + self.mean.float()
@@ -130,6 +137,7 @@ class Prior(ModelMixin, ConfigMixin):
         self.mean.copy_(scaled.mean(dim=0))
         self.std.copy_(scaled.std(dim=0).clamp(min=1e-3))  # a constant coordinate must not be divided by zero
 
+    @apply_forward_hook
     def condition(self, text_embedding: Tensor, text_states: Tensor, text_mask: Tensor) -> PriorCondition:
         """Captions -> what the later positions see of them.
 
@@ -161,6 +169,7 @@ class Prior(ModelMixin, ConfigMixin):
                 x = _attend(block, x, q, k, v, bias)
         return PriorCondition(keys, values, visible)
 
+    @apply_forward_hook
     def denoise(self, x_t: Tensor, t: Tensor, condition: PriorCondition) -> Tensor:
         """Noised standardised embeddings -> the clean ones, as `x_t` is shaped.
 
@@ -237,7 +246,7 @@ def sample(
     guidance_scale: float = 1.0,
     draws: int = 2,
     scheduler: str | SchedulerMixin = "ddim",
-    clamp: float | None = 5.0,
+    clamp: float | None = None,
     callback: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """Draw image embeddings (B, n, D) of captions, to be read by direction: see `Prior.from_prior`.
@@ -250,8 +259,8 @@ def sample(
         seeds: n of each caption, B x n.
         null_text: the same three of the empty caption, or of what should be avoided, with 1 or B rows; needed for a
             guidance_scale other than 1, which is the conditional prediction alone.
-        scheduler: a name of genpipe.dalle2.sampling or a diffusers scheduler; clamp: limit of the standardised x_0's
-            coordinates at every step (5 in Karlo), None for none. callback: gets each Step, x of shape (B n, draws, D).
+        scheduler: a name of genpipe.dalle2.sampling or a diffusers scheduler; clamp: in place of the prior's own, None
+            for that one. callback: gets each Step, x of shape (B n, draws, D).
     Raises InputError for bad arguments, FloatingPointError when the prior's output is not finite.
     """
     candidates = len(seeds[0]) if len(seeds) else 0
@@ -284,7 +293,7 @@ def sample(
         num_inference_steps,
         null_predict=predictor(null) if null is not None else None,
         guidance_scale=guidance_scale,
-        clamp=clamp,
+        clamp=c.clamp if clamp is None else clamp,
         seeds=flat,
         stream=PRIOR,
         callback=callback,

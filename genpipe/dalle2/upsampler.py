@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
 from genpipe.dalle2.corruption import make_corruption
 from genpipe.dalle2.losses import PREDICTION_TYPES
-from genpipe.dalle2.sampling import UPSAMPLER, Step, denoise, noise_of, scheduler_for
+from genpipe.dalle2.sampling import SCHEDULERS, UPSAMPLER, Predict, Step, denoise, noise_of, scheduler_for
+from genpipe.dalle2.schedulers import started, times_of
 from genpipe.errors import InputError
 from genpipe.images import resize, signed_to_unit, unit_to_signed
 
@@ -39,9 +41,14 @@ class Upsampler(ModelMixin, ConfigMixin):
         corruption: what training did to the small pictures, see `genpipe.dalle2.corruption`; None: nothing.
         resize_mode: of the one resize function, for shrinking in training and for enlarging, then and when drawing.
         residual: the UNet answers what is missing in the enlarged picture, which is added to it; needs "sample".
-        num_inference_steps: DDIM steps if a drawing names none; the paper's stages take 27 and 15.
+        num_inference_steps: steps if a drawing names none; the paper's stages take 27 and 15 of DDIM.
+        scheduler: name of the one it was made for, see `genpipe.dalle2.sampling`; used if a drawing names none.
+        last_step_network: a second UNet of the same shape takes the last step of every drawing (Karlo's weights).
+        corrects_colour: what is drawn gets the mean colour of the small picture, see `keep_mean_colour`.
     Raises InputError for settings that do not fit.
     """
+
+    reads_text = False  # see pipelines.protocols
 
     @register_to_config
     def __init__(
@@ -56,6 +63,9 @@ class Upsampler(ModelMixin, ConfigMixin):
         resize_mode: str = "bicubic",
         residual: bool = False,
         num_inference_steps: int = 27,
+        scheduler: str = "ddim",
+        last_step_network: bool = False,
+        corrects_colour: bool = True,
     ) -> None:
         super().__init__()
         if prediction_type not in PREDICTION_TYPES or resize_mode not in _RESIZES:
@@ -67,16 +77,18 @@ class Upsampler(ModelMixin, ConfigMixin):
             raise InputError(f'residual needs the prediction_type "sample", not {prediction_type!r}.')
         if min(factor, patch_size, num_inference_steps) < 1:
             raise InputError("factor, patch_size and num_inference_steps of an upsampler must be at least 1.")
+        if scheduler not in SCHEDULERS:
+            raise InputError(f"an upsampler's scheduler must be one of {', '.join(SCHEDULERS)}, not {scheduler!r}.")
         blocks = [*unet_config["down_block_types"], *unet_config["up_block_types"]]
         attending = [block for block in blocks if "attn" in block.lower()]
         if attending:
             raise InputError(f"an upsampler has no attention, so it cannot have the block {attending[0]}.")
         self.degradation = make_corruption(corruption or {"kind": "none"})
-        self.unet = UNet2DModel(
-            **unet_config, in_channels=6 * patch_size**2, out_channels=3 * patch_size**2, add_attention=False
-        )
+        channels = {"in_channels": 6 * patch_size**2, "out_channels": 3 * patch_size**2}
+        self.unet = UNet2DModel(**unet_config, **channels, add_attention=False)
         for parameter in self.unet.conv_out.parameters():  # so that training begins at the enlarged picture, or at grey
             nn.init.zeros_(parameter)
+        self.last_unet = UNet2DModel(**unet_config, **channels, add_attention=False) if last_step_network else None
 
     @property
     def multiple(self) -> int:
@@ -89,11 +101,13 @@ class Upsampler(ModelMixin, ConfigMixin):
         height, width = (side * self.config.factor for side in low.shape[-2:])
         return resize(low, (height, width), mode=self.config.resize_mode)
 
-    def denoise(self, x_t: Tensor, t: Tensor, low: Tensor) -> Tensor:
+    @apply_forward_hook
+    def denoise(self, x_t: Tensor, t: Tensor, low: Tensor, last_step: bool = False) -> Tensor:
         """x_t (R, 3, H, W) and low, both signed, t (R,) or scalar -> prediction (R, 3, H, W).
 
-        low: the small picture (R, 3, h, w), or what `enlarge` made of it, which is the same at all steps. Raises
-        InputError where the sizes do not fit each other or are no multiples of `multiple`.
+        low: the small picture (R, 3, h, w), or what `enlarge` made of it, which is the same at all steps. last_step: by
+        the network for the last step, where there is one. Raises InputError where the sizes do not fit each other or
+        are no multiples of `multiple`.
         """
         if low.shape[-2:] != x_t.shape[-2:]:
             low = self.enlarge(low)
@@ -105,13 +119,14 @@ class Upsampler(ModelMixin, ConfigMixin):
         p = self.config.patch_size
         # The noised picture first: the order in which published weights have the two.
         x = torch.cat([_folded(x_t, p), _folded(low, p)], dim=1)  # R, 6 p^2, H / p, W / p
-        output = self.unet(x.to(self.dtype), t, return_dict=False)[0]
+        unet = self.last_unet if last_step and self.last_unet is not None else self.unet
+        output = unet(x.to(self.dtype), t, return_dict=False)[0]
         output = rearrange(output, "r (c p q) h w -> r c (h p) (w q)", p=p, q=p)
         return output + low if self.config.residual else output
 
-    def forward(self, x_t: Tensor, t: Tensor, low: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, low: Tensor, last_step: bool = False) -> Tensor:
         """One training pass: see `denoise`."""
-        return self.denoise(x_t, t, low)
+        return self.denoise(x_t, t, low, last_step)
 
 
 def _folded(pixels: Tensor, patch: int) -> Tensor:
@@ -135,23 +150,24 @@ def upsample(
     pixels: Tensor,
     seeds: Sequence[int],
     num_inference_steps: int | None = None,
-    scheduler: str | SchedulerMixin = "ddim",
+    scheduler: str | SchedulerMixin | None = None,
     callback: Callable[[Step], None] | None = None,
     rows_at_a_time: int = 8,
     stage_number: int = 0,
 ) -> Tensor:
-    """Small pictures (R, 3, h, w) in [0, 1] -> (R, 3, f h, f w) in [0, 1], of any size, their mean colour kept.
+    """Small pictures (R, 3, h, w) in [0, 1] -> (R, 3, f h, f w) in [0, 1], of any size.
 
     Args:
         model: in eval mode, on the device of `pixels`.
         seeds: one per picture: a picture depends on its own seed, whatever stands beside it.
         num_inference_steps: None: the number stored with the model.
-        scheduler: name or object, see `genpipe.dalle2.sampling`.
+        scheduler: name or object, see `genpipe.dalle2.sampling`; None: the one stored with the model.
         callback: called after every step of every `rows_at_a_time` pictures, which are drawn together. Sides that the
             network cannot take are padded by repeating the border, so its x_t and x_0 may be larger than the result.
         stage_number: 0 for the first upsampler of a cascade, 1 for the next: they do not share their noise.
-    The small picture is corrupted no further than by the lightest blur of training. Raises InputError for other shapes
-    or another number of seeds, FloatingPointError when a prediction is not finite.
+    The small picture is corrupted no further than by the lightest blur of training, and its mean colour is kept if the
+    model's `corrects_colour` says so. Raises InputError for other shapes or another number of seeds, FloatingPointError
+    when a prediction is not finite.
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point() or min(pixels.shape[-2:]) < 1:
         raise InputError(f"float pixels (R, 3, h, w) are needed, got {pixels.dtype} {list(pixels.shape)}.")
@@ -160,6 +176,7 @@ def upsample(
             f"{len(pixels)} pictures need as many seeds, got {len(seeds)}, and at least one row at a time."
         )
     steps = model.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+    made = scheduler_for(model.config.scheduler if scheduler is None else scheduler, model)
     stream, stage = UPSAMPLER + stage_number, f"upsampler {stage_number + 1}"
     height, width = (side * model.config.factor for side in pixels.shape[-2:])
     done = [pixels.new_empty(0, 3, height, width, dtype=torch.float32)]
@@ -167,14 +184,10 @@ def upsample(
         given = pixels[start : start + rows_at_a_time].float()
         own = seeds[start : start + rows_at_a_time]
         low = model.enlarge(unit_to_signed(model.degradation.lightest(_padded(given, model))))
-
-        def predict(x_t: Tensor, t: Tensor, low: Tensor = low) -> Tensor:
-            return model.denoise(x_t, t, low)
-
         noise = noise_of(own, low.shape[1:], stream).to(low)
         x_0 = denoise(
-            predict,
-            scheduler_for(scheduler, model),
+            _predictor(model, low, made, steps),
+            made,
             noise,
             steps,
             clamp=1.0,
@@ -183,8 +196,17 @@ def upsample(
             callback=callback,
             stage=stage,
         )
-        done.append(keep_mean_colour(signed_to_unit(x_0[..., :height, :width]), given))
+        drawn = signed_to_unit(x_0[..., :height, :width])
+        done.append(keep_mean_colour(drawn, given) if model.config.corrects_colour else drawn.clamp(0, 1))
     return torch.cat(done)
+
+
+def _predictor(model: Upsampler, low: Tensor, scheduler: SchedulerMixin, steps: int) -> Predict:
+    """The model beside an enlarged picture, as the denoising loop calls it; the last step may be another network's."""
+    if model.last_unet is None:
+        return lambda x_t, t: model.denoise(x_t, t, low)
+    last = times_of(started(scheduler, steps, low.device))[-1]
+    return lambda x_t, t: model.denoise(x_t, t, low, last_step=bool(t == last))
 
 
 def _padded(pixels: Tensor, model: Upsampler) -> Tensor:
