@@ -1,10 +1,11 @@
-"""The verbs that measure a CLIP: `genpipe evaluate zero-shot | retrieval | clip`."""
+"""The verbs that measure: `genpipe evaluate FAMILY`, and of a CLIP `genpipe evaluate zero-shot | retrieval | clip`."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from genpipe.errors import InputError
 from pipelines.classify_commands import (
@@ -17,12 +18,30 @@ from pipelines.classify_commands import (
     ready_classifier,
     refuse_double,
 )
+from pipelines.composition_command import evaluate_family
 from pipelines.options import ClipOption, DeviceOption, JsonOption
 from pipelines.terminal import moving, progress_bar, say, show
 
+_HELP_OPTIONS = ["-h", "--help"]
+_FAMILY = "family"
+
+
+class _FamilyByDefault(TyperGroup):
+    """`evaluate nano` and `evaluate --prompts FILE` are `evaluate family nano` and so on."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *_HELP_OPTIONS):
+            args = [_FAMILY, *args]
+        return super().parse_args(ctx, args)
+
+
 evaluate = typer.Typer(
-    help="Measure a CLIP.", no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=_FamilyByDefault,
+    help="Measure a family's pictures (genpipe evaluate FAMILY), or a CLIP.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": _HELP_OPTIONS},
 )
+evaluate.command(_FAMILY)(evaluate_family)
 
 
 def register(app: typer.Typer) -> None:

@@ -24,10 +24,10 @@ DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu|xla)(:\d+)?")
 FLAGS = {
     "generate": {
         "--family", "--pipeline", "--candidates", "--keep", "--seed", "--guidance", "--temperature", "--top-k",
-        "--top-p", "--steps", "--scheduler", "--negative", "--mode", "--image", "--prior-guidance", "--upsample",
-        "--no-upsample", "--out", "--device", "--json",
+        "--top-p", "--steps", "--scheduler", "--negative", "--mode", "--image", "--fill", "--prior-guidance",
+        "--clip-guidance", "--upsample", "--no-upsample", "--out", "--device", "--json",
     },
-    "reproduce": {"--family", "--image", "--out"},
+    "reproduce": {"--family", "--image", "--fill", "--out"},
     "rerank": {"--top", "--clip", "--device", "--json"},
     "train": {"--set", "--data", "--minutes", "--steps", "--out", "--resume", "--no-resume"},
     "assemble": {
@@ -47,6 +47,9 @@ FLAGS = {
     "evaluate zero-shot": {
         "--classes", "--classes-file", "--classifier", "--templates", "--confusion", "--count", "--clip", "--device",
         "--json",
+    },
+    "evaluate family": {
+        "--pipeline", "--candidates", "--per-task", "--prompts", "--seed", "--out", "--device", "--json",
     },
     "evaluate retrieval": {"--clip", "--count", "--device", "--json"},
     "evaluate clip": {"--clip", "--family", "--count", "--seed", "--device", "--json"},
