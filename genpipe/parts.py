@@ -6,26 +6,27 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import logging
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from genpipe.errors import InputError
 from genpipe.tokenizer import CaptionTokenizer
-from genpipe.weight_files import Table, rewrite_weights, weight_table
+from genpipe.weight_files import Table, read_weights, rewrite_weights, weight_table
 
 FORMAT_VERSION = 1
 FORMAT_KEY = "_genpipe_format"  # diffusers leaves keys that begin with "_" alone when it reads a config
 CONFIG_NAME = "config.json"
 Part = TypeVar("Part", bound=ModelMixin)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_part(
@@ -72,7 +73,8 @@ def save_part(
 def load_part(cls: type[Part], folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Part:
     """Load a part of class `cls` that save_part (or diffusers) wrote, in eval mode, floating-point weights as `dtype`.
 
-    Nothing is unpickled, and the file's table of contents must equal the model's before any weight is read. Raises
+    Nothing is unpickled, and the file's table of contents must equal the model's before any weight is read. Weights
+    that are stored as `dtype` are mapped from the file, which must stay there, and read when they are used. Raises
     InputError, one sentence that names the file, for: a missing folder or file, a config of another class, with unknown
     entries or from a newer genpipe, a pickled, truncated or damaged weights file, and tensors that are missing,
     unexpected or of another shape or kind (all of them are listed).
@@ -84,16 +86,19 @@ def load_part(cls: type[Part], folder: str | os.PathLike[str], dtype: torch.dtyp
         raise InputError(f"{root} is not a folder, a saved {cls.__name__} was expected there{hint}.")
     config = _read_config(cls, root / CONFIG_NAME)
     weights, table = weight_table(root)
-    _check_tensors(table, _expected_tensors(cls, config, root / CONFIG_NAME), weights)
+    model: Any = _built(cls, config, root / CONFIG_NAME)
+    expected = {name: (tuple(each.shape), each.is_floating_point()) for name, each in model.state_dict().items()}
+    _check_tensors(table, expected, weights)
     try:
-        with _quietly():
-            model = cls.from_pretrained(root, use_safetensors=True, local_files_only=True)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model.load_state_dict(read_weights(weights, dtype), strict=True, assign=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{weights} cannot be loaded as {cls.__name__} ({reason}).") from error
-    return nn.Module.to(model, dtype=dtype).eval()  # ModelMixin's own `to` advises against what is wanted here
+    if isinstance(model, OwnsTokenizer):
+        model.load_tokenizer(root)
+    model.register_to_config(_name_or_path=str(root))  # as diffusers does: its weights come from somewhere
+    # What is not saved is left to cast; ModelMixin's own `to` advises against what is wanted here.
+    return nn.Module.to(model, dtype=dtype).eval()
 
 
 def load_one_of(
@@ -105,18 +110,6 @@ def load_one_of(
     except (OSError, ValueError, TypeError, KeyError):
         named = None
     return load_part(next((cls for cls in classes if cls.__name__ == named), classes[0]), folder, dtype)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the bar that diffusers shows while it reads several files."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -169,19 +162,38 @@ def _read_config(cls: type[ModelMixin], path: Path) -> dict[str, Any]:
     return config
 
 
-def _expected_tensors(cls: type[ModelMixin], config: dict[str, Any], path: Path) -> Table:
-    """Name -> (shape, floating point?) of the model that the config describes, built without memory for its weights."""
+def on_meta(build: Callable[[], Model]) -> Model:
+    """The model that `build` makes, its parameters without memory (on the meta device) and not initialised.
+
+    Buffers are made for real: those that are not saved have no other source. Draws made while building leave torch's
+    global random state as it was.
+    """
+    thread = threading.get_ident()
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None  # as it is; a parameter that two modules share must stay one object
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(emptied)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return build()
+    finally:
+        hook.remove()
+
+
+def _built(cls: type[ModelMixin], config: dict[str, Any], path: Path) -> ModelMixin:
+    """The model that a config describes, without memory for its weights."""
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
     try:
         try:
-            with torch.device("meta"):
-                model: Any = cls(**arguments)
+            return on_meta(lambda: cls(**arguments))
         except Exception:  # an initialisation that looks at values, or a config that does not fit: build it for real
-            model = cls(**arguments)
+            return cls(**arguments)
     except Exception as error:  # whatever a constructor makes of a config that does not fit
         reason = " ".join(str(error).split())
         raise InputError(f"{path} does not describe a {cls.__name__} that can be built ({reason}).") from error
-    return {name: (tuple(t.shape), t.is_floating_point()) for name, t in model.state_dict().items()}
 
 
 def _check_tensors(found: Table, expected: Table, path: Path) -> None:
@@ -262,7 +274,10 @@ class OwnsTokenizer:
         """diffusers' from_pretrained (same arguments) for a local folder; reads its tokenizer.json too."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple if output_loading_info was asked for
-        if model.config.get("tokenizer_name") is None:
-            folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
-            model.tokenizer = cls.tokenizer_class.load(folder)
+        model.load_tokenizer(Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or ""))
         return loaded
+
+    def load_tokenizer(self, folder: Path) -> None:
+        """Read the tokenizer from a folder where one was saved. Raises InputError where it is missing or unfit."""
+        if self.config.get("tokenizer_name") is None:
+            self.tokenizer = self.tokenizer_class.load(folder)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from genpipe.errors import InputError
 
@@ -25,6 +26,8 @@ NUMBER_TYPES = {
 }  # fmt: skip
 
 
+FLOATS = {name for name, (_, floating) in NUMBER_TYPES.items() if floating}
+TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 Table = dict[str, tuple[tuple[int, ...], bool]]  # name of a tensor -> (shape, floating point?)
 
 
@@ -36,22 +39,53 @@ def rewrite_weights(folder: Path, dtype: torch.dtype | None, file_bytes: int | N
     path = folder / WEIGHTS_NAME
     if dtype is None and (file_bytes is None or path.stat().st_size <= file_bytes):
         return
-    tensors = load_file(path)
-    if dtype is not None:
-        cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        too_large = [name for name, tensor in cast.items() if not torch.equal(tensor.isinf(), tensors[name].isinf())]
-        if too_large:
-            raise InputError(f"the weights {', '.join(too_large)} are too large for {dtype}; save with dtype=None.")
-        tensors = cast
+    with safe_open(path, framework="pt") as opened:
+        stored = {name: opened.get_tensor(name) for name in opened.keys()}
+    kinds = {name: dtype if dtype and tensor.is_floating_point() else tensor.dtype for name, tensor in stored.items()}
+    shapes = {name: torch.empty_like(tensor, dtype=kinds[name], device="meta") for name, tensor in stored.items()}
+    del stored
     pattern = WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
-    most = sum(tensor.nbytes for tensor in tensors.values()) + 1 if file_bytes is None else file_bytes
-    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=most)
-    path.unlink()
-    for name, inside in split.filename_to_tensors.items():
-        save_file({tensor: tensors[tensor] for tensor in inside}, folder / name, metadata={"format": "pt"})
+    most = sum(tensor.nbytes for tensor in shapes.values()) + 1 if file_bytes is None else file_bytes
+    split = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=most)
+    whole = path.rename(path.with_suffix(".whole"))
+    for name, inside in split.filename_to_tensors.items():  # one after another: no more than a file is in memory
+        save_file({each: _read(whole, each, dtype) for each in inside}, folder / name, metadata={"format": "pt"})
+    whole.unlink()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_weights(found: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors of a part's safetensors file, or of those that its index names; floating-point ones as `dtype`.
+
+    found: the file or index that `weight_table` looked at. Tensors that need no cast are mapped: their memory is taken
+    page by page as they are used, and the file must stay. Others are cast one by one, and nothing is in memory twice.
+    """
+    files = {found.name}
+    if found.name == INDEX_NAME:
+        files = set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())
+    tensors = {}
+    for file in sorted(files):
+        path = found.parent / file
+        with safe_open(path, framework="pt") as opened:
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+            as_they_are = {name for name, kind in kinds.items() if kind == TYPE_NAMES.get(dtype) or kind not in FLOATS}
+            tensors.update({name: opened.get_tensor(name) for name in as_they_are})
+        tensors.update({name: _read(path, name, dtype, check=False) for name in kinds if name not in as_they_are})
+    return tensors
+
+
+def _read(path: Path, name: str, dtype: torch.dtype | None, check: bool = True) -> torch.Tensor:
+    """One tensor, as `dtype` if it is floating point. Raises InputError for a weight that is too large, if asked to."""
+    with safe_open(path, framework="pt") as opened:  # anew for each: the pages of one that is cast are given back
+        tensor = opened.get_tensor(name)
+    if dtype is None or dtype == tensor.dtype or not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    if check and not torch.equal(cast.isinf(), tensor.isinf()):
+        raise InputError(f"the weight {name} is too large for {dtype}; save with dtype=None.")
+    return cast
 
 
 def weight_table(root: Path) -> tuple[Path, Table]:

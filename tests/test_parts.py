@@ -152,7 +152,7 @@ def test_foreign_folders_and_files_are_not_overwritten(tiny, tmp_path):
 def test_weights_too_large_for_half(tiny, tmp_path):
     with torch.no_grad():
         tiny.layer.bias[0] = 1e6
-    with pytest.raises(InputError, match="layer.bias are too large for torch.float16"):
+    with pytest.raises(InputError, match="layer.bias is too large for torch.float16"):
         save_part(tiny, tmp_path / "part", torch.float16)
     assert not (tmp_path / "part").exists()
 
