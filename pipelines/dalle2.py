@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from genpipe.clip.model import CLIP
+from genpipe.clip.noise_aware import NoiseAwareCLIP
 from genpipe.dalle2.prior import Prior
 from genpipe.dalle2.sampling import DECODER, Step, denoise, noise_of, scheduler_for
 from genpipe.errors import InputError
@@ -28,6 +29,7 @@ from pipelines.imagining import filled_up
 from pipelines.protocols import Enlarger, PictureDecoder
 from pipelines.request import Callback, GenerationOutput
 from pipelines.settings import MODES, PICTURE_MODE, DALLE2Sampling, resolved, sampling_of, upsampling_of
+from pipelines.steering import Filling, Steering, check_filling, check_guide
 
 # Rows of a batch that is filled up where it is not full, so that a candidate is the same whatever ran beside it. On a
 # processor also the size of a block: larger ones are no faster there.
@@ -48,6 +50,7 @@ class DALLE2Pipeline(FamilyPipeline):
         decoder: must have been trained beside this CLIP. Any class that does what pipelines.protocols says.
         prior: makes image embeddings from captions, trained beside the same CLIP; None: only the modes without it.
         upsampler: enlarges pictures, the same part as DALL-E 1's; None: they stay as they are.
+        guide: a CLIP that knows noise, whose gradient can lead the decoder; trained on the decoder's noise.
         defaults: settings by name, fields of DALLE2Sampling, to use where a call leaves them out.
         family: name of the family the parts belong to, for messages.
         known_words: all words, lower case, of the captions that the parts were trained on; words of a prompt that are
@@ -62,8 +65,9 @@ class DALLE2Pipeline(FamilyPipeline):
     decoder: PictureDecoder
     prior: Prior | None
     upsampler: Enlarger | None
+    guide: NoiseAwareCLIP | None
 
-    _optional_components = ["clip", "prior", "upsampler"]
+    _optional_components = ["clip", "prior", "upsampler", "guide"]
     model_cpu_offload_seq = "clip->prior->decoder->upsampler"
 
     def __init__(
@@ -75,11 +79,14 @@ class DALLE2Pipeline(FamilyPipeline):
         defaults: Mapping[str, Any] | None = None,
         family: str = "",
         known_words: Sequence[str] | None = None,
+        guide: NoiseAwareCLIP | None = None,
     ) -> None:
         super().__init__()
         check_fit(clip, decoder, prior)
+        if guide is not None:
+            check_guide(guide, decoder)
         sampling_of("dalle2", defaults or {})
-        self.register_modules(clip=clip, decoder=decoder, prior=prior, upsampler=upsampler)
+        self.register_modules(clip=clip, decoder=decoder, prior=prior, upsampler=upsampler, guide=guide)
         self.register_family(defaults, family, known_words)
 
     @torch.no_grad()
@@ -94,6 +101,7 @@ class DALLE2Pipeline(FamilyPipeline):
         negative_prompt: str | None = None,
         mode: str | None = None,
         image: Image.Image | None = None,
+        fill: Image.Image | None = None,
         sampling: DALLE2Sampling | None = None,
         chunk_size: int | None = None,
         callback: Callback | None = None,
@@ -110,6 +118,8 @@ class DALLE2Pipeline(FamilyPipeline):
             mode: where the image embedding comes from: "prior", "caption", "text"; see DALLE2Sampling.
             image: a picture whose embedding takes the prior's place. Without a prompt the text is dropped, as for the
                 paper's variations (3.1), and the scores compare with this picture.
+            fill: a mask of the `image`'s size, white where that is to be drawn anew and the rest of it kept; only for
+                decoders that fill holes. Both are cut to the square in their middle.
             sampling: all settings at once, in place of the defaults; see `resolve_sampling`.
             chunk_size: candidates drawn at once; None chooses. Halved when memory runs out.
             callback: called with a `Progress` after every step; stops the call by returning True.
@@ -121,20 +131,22 @@ class DALLE2Pipeline(FamilyPipeline):
             "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps,
             "negative_prompt": negative_prompt, "mode": mode,
         }  # fmt: skip
-        sampling = self.resolve_sampling(given, sampling, image)
+        sampling = self.resolve_sampling(given, sampling, image, fill)
         prompts = [""] if image is not None and not prompts else request.check_prompts(prompts or [])
         self.warn([*prompts, sampling.negative_prompt])
-        encoded = self.encode_prompts(prompts, sampling.negative_prompt, image)
+        encoded = self.encode_prompts(prompts, sampling.negative_prompt, None if fill is not None else image)
+        filling = None if image is None or fill is None else Filling.of(image, fill, self.decoder.resolution_of_pixels)
+        steering = Steering.of(self.guide, prompts, sampling.clip_guidance_scale, filling)
         num_candidates = num_candidates if self.ranks else keep
 
-        first, enlarging = self.upsamples_first(sampling), Enlarging.of(self.upsampler, sampling)
+        first, enlarging = self.upsamples_first(sampling), Enlarging.of(self.upsampler, sampling, filling)
         best = Best(self.clip, encoded.ranked_by, len(prompts), keep, seed)
         tracker = Tracker(callback, len(prompts) * num_candidates, bool(sampling.upsample) and not first)
 
         def draw(block: Block, finished: int) -> None:
             report = self.reporter(tracker, block, finished)
             embedding = self.image_embeddings(encoded, block, seed, sampling, report)  # P, n, D, or None
-            pixels = self.decode(encoded, embedding, block, seed, sampling, report)  # P, n, 3, H, W
+            pixels = self.decode(encoded, embedding, block, seed, sampling, report, steering)  # P, n, 3, H, W
             best.rank(
                 block, self.upsample(pixels, prompts, block, seed, enlarging, report) if enlarging and first else pixels
             )
@@ -152,12 +164,16 @@ class DALLE2Pipeline(FamilyPipeline):
         given: Mapping[str, Any] | None = None,
         sampling: DALLE2Sampling | None = None,
         image: Image.Image | None = None,
+        fill: Image.Image | None = None,
     ) -> DALLE2Sampling:
         """What a call uses: settings that are given by name, the rest as in `sampling`, or without one the defaults.
 
         Raises InputError for numbers out of range, unknown names, parts that are asked for and not there, and a mode
-        that does not go with the `image` of the call.
+        that does not go with the `image` and the `fill` of the call.
         """
+        if fill is not None:
+            check_filling(image, fill, self.decoder)
+            image = None  # it is no embedding that is drawn from
         asked = (given or {}).get("mode") or (sampling.mode if sampling is not None else None)
         result = resolved("dalle2", given or {}, sampling, self.config.defaults)
         if image is not None and asked not in (None, PICTURE_MODE):
@@ -169,7 +185,12 @@ class DALLE2Pipeline(FamilyPipeline):
         if mode == "prior" and self.prior is None:
             raise InputError(f"These weights have no prior; choose the mode {without_prior!r}.")
         if not self.decoder.reads_image and mode != "caption":
-            raise InputError(f"These weights draw from the caption alone, without the mode {mode!r}; leave it out.")
+            with_mask = "; to fill holes of a picture give a mask too" if self.decoder.fills and image else ""
+            raise InputError(
+                f"These weights draw from the caption alone, without the mode {mode!r}; leave it out{with_mask}."
+            )
+        if result.clip_guidance_scale and self.guide is None:
+            raise InputError("These weights have no CLIP that knows noise; leave the scale of CLIP guidance at 0.")
         if self.decoder.null_picture and mode == "caption":
             raise InputError("These weights draw from image embeddings alone; choose another mode than 'caption'.")
         negative = request.clean_prompt(result.negative_prompt)
@@ -206,6 +227,7 @@ class DALLE2Pipeline(FamilyPipeline):
         seed: int,
         sampling: DALLE2Sampling,
         report: Report | None = None,
+        steering: Steering | None = None,
     ) -> Tensor:
         """Image embeddings (P, n, D), or None, and the block's texts -> pixels (P, n, 3, H, W) in [0, 1]."""
         prompts, candidates = len(block.prompts), len(block.candidates)
@@ -215,10 +237,11 @@ class DALLE2Pipeline(FamilyPipeline):
         embedding, opposite = (
             None if each is None else each.flatten(0, 1)[rows] for each in (image_embedding, null_embedding)
         )  # R, D
-        condition = self.decoder.condition(
-            embedding, *encoded.text.rows([block.prompts[row // candidates] for row in rows])
-        )
-        null = self.decoder.condition(opposite, *encoded.null.rows([0] * len(rows)))
+        texts, led = [block.prompts[row // candidates] for row in rows], steering or Steering()
+        side = self.decoder.resolution_of_pixels
+        kept: dict[str, Any] = {} if led.filling is None else led.filling.at(side, self.computes_on)
+        condition = self.decoder.condition(embedding, *encoded.text.rows(texts), **kept)
+        null = self.decoder.condition(opposite, *encoded.null.rows([0] * len(rows)), **kept)
         x_0 = denoise(
             self.predictor(condition),
             scheduler_for(sampling.scheduler, self.decoder),
@@ -230,6 +253,8 @@ class DALLE2Pipeline(FamilyPipeline):
             dynamic_threshold=sampling.dynamic_threshold,
             clamp=self.decoder.clamp,
             eta=sampling.eta,
+            gradient=led.gradient(texts),
+            known=getattr(condition, "known", None),
             seeds=seeds,
             stream=DECODER,
             callback=None

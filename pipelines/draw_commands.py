@@ -24,6 +24,7 @@ FLAGS = {
     "negative_prompt": "--negative",
     "mode": "--mode",
     "prior_guidance_scale": "--prior-guidance",
+    "clip_guidance_scale": "--clip-guidance",
     "upsample": "--upsample",
 }
 
@@ -73,6 +74,13 @@ def generate(
         Path | None,
         typer.Option(help="dalle2: draw from this picture's embedding; without PROMPTS, variations of it."),
     ] = None,
+    fill: Annotated[
+        Path | None,
+        typer.Option(help="dalle2: a mask of --image's size: what is white there is drawn anew, the rest kept."),
+    ] = None,
+    clip_guidance: Annotated[
+        float | None, typer.Option(help="dalle2: pull of a CLIP that knows noise, where the family has one; 0 is none.")
+    ] = None,
     prior_guidance: Annotated[float | None, typer.Option(help="dalle2: pull of the prior towards the prompt.")] = None,
     upsample: Annotated[
         bool | None,
@@ -96,7 +104,7 @@ def generate(
     given = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance,
         "num_inference_steps": steps, "scheduler": scheduler, "negative_prompt": negative, "mode": mode,
-        "prior_guidance_scale": prior_guidance, "upsample": upsample,
+        "prior_guidance_scale": prior_guidance, "clip_guidance_scale": clip_guidance, "upsample": upsample,
     }  # fmt: skip
     described = describe_family(family)
     names = list(SAMPLINGS) if pipeline == BOTH else [pipeline or described.pipelines[0]]
@@ -105,9 +113,11 @@ def generate(
         described.check_has(name)
     if image is not None and names != ["dalle2"]:
         raise InputError("--image belongs to dalle2 alone; choose --pipeline dalle2.")
+    if fill is not None and image is None:
+        raise InputError("--fill needs the picture whose holes it shows; give it with --image.")
     from genpipe.images import open_picture
 
-    picture = None if image is None else open_picture(image)
+    picture, mask = (None if path is None else open_picture(path) for path in (image, fill))
     folder = OutputFolder(out)
     try:
         from pipelines.devices import choose_device
@@ -115,7 +125,7 @@ def generate(
         from pipelines.family import load_family
 
         loaded = load_family(described.folder, device=choose_device(device), pipelines=names)
-        job = Job(settings, texts, candidates, keep, seed, picture)
+        job = Job(settings, texts, candidates, keep, seed, picture, mask)
         complete, kept = draw_and_show(loaded, job, folder, as_json)
     finally:
         folder.discard_if_empty()
@@ -163,6 +173,9 @@ def reproduce(
     image: Annotated[
         Path | None, typer.Option(help="The picture that it was drawn from, if it was.", show_default=False)
     ] = None,
+    fill: Annotated[
+        Path | None, typer.Option(help="The mask of the holes it was drawn into, if it was.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the new picture here (a new PNG file).", show_default=False)
     ] = None,
@@ -178,14 +191,14 @@ def reproduce(
     recipe = Recipe.from_json(read_recipe(picture), repr(str(picture)))
     original = open_picture(picture)
     described = family_of(recipe, family)
-    given = None if image is None else open_picture(image)
-    recipe.check_image(given)
+    given, mask = (None if path is None else open_picture(path) for path in (image, fill))
+    recipe.check_image(given, mask)
     from pipelines.devices import same_machine
     from pipelines.recipe import redraw
 
     device = same_machine(recipe.device, recipe.threads)
     loaded = load_family(described.folder, device=device, pipelines=[recipe.pipeline])
-    again, identical = redraw(loaded, recipe, original, given)
+    again, identical = redraw(loaded, recipe, original, given, mask)
     if out is not None:
         save_png(again, out, recipe.to_json())
         show(str(out))

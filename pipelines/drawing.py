@@ -26,7 +26,14 @@ class Job:
     candidates: int
     keep: int
     seed: int
-    image: Image.Image | None = None  # whose embedding DALL-E 2 draws from
+    image: Image.Image | None = None  # whose embedding DALL-E 2 draws from, or with `fill` the picture with the holes
+    fill: Image.Image | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The pictures that were given, as the pipeline takes them."""
+        pictures = {"image": self.image, "fill": self.fill}
+        return {name: picture for name, picture in pictures.items() if picture is not None}
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def draw(family: Family, job: Job, folder: OutputFolder) -> Iterator[Drawn]:
     Raises InputError as the pipelines do, and where a picture cannot be written.
     """
     pipelines: dict[str, Any] = {name: family.pipeline(name) for name in job.settings}
-    extra: dict[str, Any] = {} if job.image is None else {"image": job.image}
+    extra = job.given
     samplings = {name: pipelines[name].resolve_sampling(given, **extra) for name, given in job.settings.items()}
     tasks = [(prompt, name) for prompt in job.prompts for name in pipelines]
     before: list[Drawn] = []  # of the same prompt
@@ -93,7 +100,7 @@ def draw(family: Family, job: Job, folder: OutputFolder) -> Iterator[Drawn]:
             output = pipelines[name](
                 prompt, candidates, job.keep, job.seed, sampling=samplings[name], callback=follow, **extra
             )
-            recipe = recipe_of_call(family, name, samplings[name], prompt, job.seed, candidates, job.image)
+            recipe = recipe_of_call(family, name, samplings[name], prompt, job.seed, candidates, **extra)
             ranked = list(zip(output.scores[0], output.seeds[0], strict=True))
             recipes = [dataclasses.replace(recipe, seed=seed, score=score) for score, seed in ranked]
             saved = folder.save(output.images[0], recipes) if ranked else SavedPictures([], None)
@@ -143,9 +150,8 @@ def report(family: Family, job: Job, drawn: Sequence[Drawn], complete: bool) -> 
 
 
 def _report_of(family: Family, job: Job, name: str, drawn: Sequence[Drawn], complete: bool) -> dict[str, Any]:
-    extra: dict[str, Any] = {} if job.image is None else {"image": job.image}
     pipeline: Any = family.pipeline(name)
-    sampling = pipeline.resolve_sampling(job.settings[name], **extra)
+    sampling = pipeline.resolve_sampling(job.settings[name], **job.given)
     return {
         "family": {"name": family.name, "hash": family.hash_of(name, bool(sampling.upsample))},
         "pipeline": name,

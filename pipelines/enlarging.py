@@ -15,6 +15,7 @@ from pipelines.candidates import Tracker
 from pipelines.encoding import TextEncoding, read_texts
 from pipelines.request import GenerationOutput, Stopped
 from pipelines.settings import DALLE1Sampling, DALLE2Sampling
+from pipelines.steering import Filling
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,17 @@ class Enlarging:
     model: Any
     num_inference_steps: int | None
     scheduler: str | None
+    filling: Filling | None = None  # what is kept of a given picture, for an upsampler that fills holes
 
     @classmethod
-    def of(cls, model: Any, sampling: DALLE1Sampling | DALLE2Sampling) -> "Enlarging | None":
+    def of(
+        cls, model: Any, sampling: DALLE1Sampling | DALLE2Sampling, filling: Filling | None = None
+    ) -> "Enlarging | None":
         """What a call uses; None where it does not upsample."""
         if not sampling.upsample:
             return None
-        return cls(model, sampling.upsampler_steps, sampling.upsampler_scheduler)
+        fills = getattr(model, "fills", False)
+        return cls(model, sampling.upsampler_steps, sampling.upsampler_scheduler, filling if fills else None)
 
     def read(self, prompt: str) -> TextEncoding | None:
         """A prompt as the upsampler encodes it; None where it reads no text."""
@@ -45,6 +50,8 @@ class Enlarging:
     ) -> Tensor:
         """Pixels (1, 3, H, W) of candidate `seed` in [0, 1] -> (1, 3, f H, f W). One at a time: see Block.together."""
         options: dict[str, Any] = {} if self.scheduler is None else {"scheduler": self.scheduler}
+        if self.filling is not None:
+            options |= self.filling.at(pixels.shape[-1] * self.model.config.factor, pixels.device)
         if text is not None:
             return self.model.upsample(pixels, [seed], self.num_inference_steps, callback=report, text=text, **options)
         return upsample(self.model, pixels, [seed], self.num_inference_steps, callback=report, **options)

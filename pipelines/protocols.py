@@ -81,7 +81,8 @@ class Enlarger(Protocol):
 
     reads_text: whether it is a TextReader that wants the prompt in its own encoding; then it has a method `upsample`
         (pixels, seeds, num_inference_steps, scheduler, callback, text), otherwise `genpipe.dalle2.upsampler.upsample`
-        runs it. config.num_inference_steps: if a drawing names none.
+        runs it; where it `fills`, its `upsample` takes `kept_pixels` and `kept` of the large picture too.
+    config.num_inference_steps: if a drawing names none.
     """
 
     config: Any

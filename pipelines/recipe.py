@@ -37,21 +37,33 @@ class Recipe:
     device: str  # kind of device, as torch names it
     threads: int
     version: str
-    image: str | None = None  # identity of the picture whose embedding it was drawn from
+    image: str | None = None  # identity of the picture whose embedding it was drawn from, or whose holes were filled
+    fill: str | None = None  # and that of their mask
 
     @property
     def sampling(self) -> Any:
         """The settings as the pipeline takes them."""
         return sampling_of(self.pipeline, {"upsample": False, **self.settings})  # old recipes do not mention it
 
-    def check_image(self, image: Image.Image | None) -> None:
-        """Raises InputError unless this is the picture that the recipe was drawn from, or None where there was none."""
+    def check_image(self, image: Image.Image | None, fill: Image.Image | None = None) -> None:
+        """Raises InputError unless this is the picture that the recipe was drawn from, or None where there was none.
+
+        The same for the mask of its holes, `fill`.
+        """
         if self.image is None and image is not None:
             raise InputError("The picture was drawn from a prompt alone; leave --image out.")
         if self.image is not None and image is None:
             raise InputError("The picture was drawn from another picture; give that one with --image.")
         if image is not None and identity_of(image) != self.image:
             raise InputError("The picture was drawn from another one than that of --image; give the right one.")
+        if (self.fill is None) != (fill is None):
+            raise InputError(
+                "The picture was drawn into no holes; leave --fill out."
+                if self.fill is None
+                else "The picture was drawn into holes of another one; give their mask with --fill."
+            )
+        if fill is not None and identity_of(fill) != self.fill:
+            raise InputError("The picture was drawn into other holes than those of --fill; give the right mask.")
 
     def to_json(self) -> dict[str, Any]:
         """As written into the PNG."""
@@ -65,6 +77,7 @@ class Recipe:
             "call": {"first_seed": self.first_seed, "candidates": self.candidates},
             "settings": self.settings,
             **({"image": self.image} if self.image is not None else {}),
+            **({"fill": self.fill} if self.fill is not None else {}),
             "machine": {"device": self.device, "threads": self.threads},
         }
 
@@ -88,6 +101,7 @@ class Recipe:
                 threads=recipe["machine"]["threads"],
                 version=_text(recipe["genpipe"], r"[\w.+-]{1,40}"),
                 image=None if recipe.get("image") is None else _text(recipe["image"], r"[0-9a-f]{64}"),
+                fill=None if recipe.get("fill") is None else _text(recipe["fill"], r"[0-9a-f]{64}"),
             )
             read._check()
         except (KeyError, TypeError, ValueError) as error:
@@ -105,7 +119,8 @@ class Recipe:
             raise InputError("its seed is not one of its call's candidates")
         if not isinstance(self.settings, dict):
             raise InputError("its settings are no object")
-        if (getattr(self.sampling, "mode", None) == PICTURE_MODE) != (self.image is not None):
+        from_picture = getattr(self.sampling, "mode", None) == PICTURE_MODE
+        if (from_picture or self.fill is not None) != (self.image is not None) or (from_picture and self.fill):
             raise InputError("it tells of a given picture and of none")
         request.check_positive("The number of threads", self.threads)
         if self.score is not None and not request.is_finite(self.score):
@@ -131,10 +146,11 @@ def recipe_of_call(
     first_seed: int,
     candidates: int,
     image: Image.Image | None = None,
+    fill: Image.Image | None = None,
 ) -> Recipe:
     """The recipe of a call's first candidate; `dataclasses.replace` its seed and score for the others.
 
-    sampling: resolved, see `resolve_sampling` of the pipelines. image: the picture that was given to the call.
+    sampling: resolved, see `resolve_sampling` of the pipelines. image, fill: the pictures that were given to the call.
     """
     import torch
 
@@ -152,6 +168,7 @@ def recipe_of_call(
         threads=torch.get_num_threads(),
         version=genpipe.__version__,
         image=None if image is None else identity_of(image),
+        fill=None if fill is None else identity_of(fill),
     )
 
 
@@ -182,11 +199,15 @@ def family_of(recipe: Recipe, given: str | None) -> FamilyInfo:
 
 
 def redraw(
-    family: Family, recipe: Recipe, original: Image.Image, image: Image.Image | None = None
+    family: Family,
+    recipe: Recipe,
+    original: Image.Image,
+    image: Image.Image | None = None,
+    fill: Image.Image | None = None,
 ) -> tuple[Image.Image, bool]:
     """Draw a recipe's picture again. Returns it, and whether every pixel equals the original's.
 
-    image: the picture that it was drawn from, checked by `Recipe.check_image`.
+    image, fill: the picture that it was drawn from and its mask, checked by `Recipe.check_image`.
 
     The candidate is drawn alone first. Matrix products of another batch size may round differently, and now and then
     that moves a token: then the whole call is drawn again as it was.
@@ -195,7 +216,8 @@ def redraw(
     attempts = [(recipe.seed, 1)]
     if 1 < recipe.candidates <= MAX_NEIGHBOURS:
         attempts.append((recipe.first_seed, recipe.candidates))
-    extra: dict[str, Any] = {} if image is None else {"image": image}
+    pictures = {"image": image, "fill": fill}
+    extra = {name: picture for name, picture in pictures.items() if picture is not None}
     for first_seed, candidates in attempts:
         output = pipeline(recipe.prompt, candidates, candidates, first_seed, sampling=recipe.sampling, **extra)
         picture = output.images[0][output.seeds[0].index(recipe.seed)]

@@ -47,6 +47,7 @@ class DALLE2Sampling:
     guidance_scale (GLIDE's 3), num_inference_steps, scheduler (a name of genpipe.dalle2.sampling), eta (of DDIM): the
         decoder's. guidance_interval: share of its steps, [from, to), that is guided. dynamic_threshold: percentile in
         (0, 1], None: off.
+    clip_guidance_scale: of the gradient of a CLIP that knows noise (GLIDE's 3, with a guidance_scale of 1); 0: off.
     negative_prompt: takes the place of the empty caption in the guidance of prior and decoder.
     mode: where the image embedding comes from: "prior"; "caption": nowhere, the decoder sees the caption alone; "text":
         the text embedding stands in for it; "image": a given picture's. None: "image" with a given picture, else
@@ -61,6 +62,7 @@ class DALLE2Sampling:
     eta: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     dynamic_threshold: float | None = None
+    clip_guidance_scale: float = 0.0
     negative_prompt: str = ""
     mode: str | None = None
     prior_guidance_scale: float = 1.0
@@ -73,7 +75,7 @@ class DALLE2Sampling:
 
     def check(self) -> None:
         """Raises InputError for numbers out of range and names that are not known."""
-        for scale in (self.guidance_scale, self.prior_guidance_scale):
+        for scale in (self.guidance_scale, self.prior_guidance_scale, self.clip_guidance_scale):
             request.check_sampling(guidance_scale=scale)
         request.check_positive("The number of steps", self.num_inference_steps)
         request.check_positive("The number of steps of the prior", self.prior_steps)

@@ -218,12 +218,13 @@ def test_a_block_is_halved_when_memory_runs_out(pipeline: DALLE2Pipeline) -> Non
 
 def test_nothing_given_is_changed(pipeline: DALLE2Pipeline, given: Image.Image) -> None:
     prompts, picture = list(PROMPTS), given.tobytes()
-    before = copy.deepcopy({name: part.state_dict() for name, part in pipeline.components.items()})
+    parts = {name: part for name, part in pipeline.components.items() if part is not None}
+    before = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
     random = torch.get_rng_state()
     pipeline(prompts, num_candidates=1, keep=1, image=given, negative_prompt="dogs")
     assert prompts == PROMPTS and given.tobytes() == picture
     assert torch.equal(torch.get_rng_state(), random)
-    for name, part in pipeline.components.items():
+    for name, part in parts.items():
         assert all(torch.equal(value, before[name][key]) for key, value in part.state_dict().items())
 
 

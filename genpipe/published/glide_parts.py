@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from genpipe.clip.noise_aware import NoiseAwareCLIP
 from genpipe.dalle2.glide import GLIDE, GLIDEUpsampler
@@ -52,9 +53,13 @@ def guide(image: Path, text: Path, config: Mapping[str, Any], dtype: torch.dtype
     """clip_image_enc.pt and clip_text_enc.pt as one NoiseAwareCLIP, in eval mode."""
     model = on_meta(lambda: NoiseAwareCLIP(**config)).eval()
     for tower, file in ((model.image, image), (model.text, text)):
-        rules = {name: (theirs, ()) for name in tower.state_dict() if (theirs := _published_name(name))}
-        assign(tower, applied(rules, read_tensors(file, dtype=dtype)), str(file))
+        assign(tower, applied(tower_rules(tower), read_tensors(file, dtype=dtype)), str(file))
     return model
+
+
+def tower_rules(tower: nn.Module) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Our name of every tensor of one of the guide's towers -> its name in the file, and that nothing is done to it."""
+    return {name: (_published_name(name), ()) for name in tower.state_dict()}
 
 
 def rules_of(model: GLIDE | GLIDEUpsampler) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -80,7 +85,7 @@ def _unet(kind: Any, file: Path, merges: Path, config: Mapping[str, Any], inpain
     return model
 
 
-def _published_name(name: str) -> str | None:
+def _published_name(name: str) -> str:
     """Our name of a tensor of a tower -> its name in the file."""
     for theirs, ours in _TOWER.items():
         if name == ours:
@@ -90,7 +95,7 @@ def _published_name(name: str) -> str | None:
             return f"blocks.{theirs}.{_letter(theirs, kind)}"
     match = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if match is None:
-        return None
+        raise ValueError(f"the guide's towers have no tensor {name!r}")
     number, layer, kind = match.groups()
     theirs = next(theirs for theirs, ours in _LAYER.items() if ours == layer)
     return f"blocks.block_{number}.{theirs}.{_letter(theirs, kind)}"
