@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
-
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from genpipe.errors import InputError
+from genpipe.parts import on_meta
 
-Model = TypeVar("Model", bound=nn.Module)
+__all__ = ["assign", "give_back", "on_meta", "take"]
 
 
 def take(tensor: torch.Tensor, operation: str) -> torch.Tensor:
@@ -68,27 +65,6 @@ def give_back(parts: Sequence[tuple[str, torch.Tensor]]) -> torch.Tensor:
     if name == "squeeze_last":
         return tensor[..., None]
     return take(tensor, parts[0][0])
-
-
-def on_meta(build: Callable[[], Model]) -> Model:
-    """The model that `build` makes, its parameters without memory (on the meta device) and not initialised.
-
-    Buffers are made for real: those that are not saved have no other source. Draws made while building leave torch's
-    global random state as it was.
-    """
-    thread = threading.get_ident()
-
-    def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
-            return None  # as it is; a parameter that two modules share must stay one object
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-    hook = register_module_parameter_registration_hook(emptied)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return build()
-    finally:
-        hook.remove()
 
 
 def assign(
