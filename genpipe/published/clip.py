@@ -162,8 +162,8 @@ def hugging_face_clip(
         raise InputError(f"{where} has a vocabulary of its own, only CLIP's of {PLAIN_VOCABULARY} entries is known.")
     architecture |= {"embed_dim": widths.pop(), "quick_gelu": ACTIVATIONS[activations.pop()]}
     if len(halves) != 2 or len(configs) == 2:
-        kind = next((tensor.dtype for tensor in whole.values() if tensor.is_floating_point()), None)
-        whole.setdefault("logit_scale", torch.tensor(math.log(100), dtype=kind))
+        dtype = next((tensor.dtype for tensor in whole.values() if tensor.is_floating_point()), None)
+        whole.setdefault("logit_scale", torch.tensor(math.log(100), dtype=dtype))
     chosen = "both" if len(halves) == 2 else halves[0]
     return {"architecture": architecture, "tokenizer_name": PLAIN_TOKENIZER, "halves": chosen}, whole
 

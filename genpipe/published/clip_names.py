@@ -158,14 +158,13 @@ def openai_architecture(tensors: Mapping[str, torch.Tensor], path: Path) -> dict
         context_length, width = tensors["positional_embedding"].shape
         embed_dim = tensors["text_projection"].shape[1]
         text = {"context_length": context_length, "vocab_size": tensors["token_embedding.weight"].shape[0]}
-        text |= {"width": width, "heads": max(width // 64, 1), "layers": layers(r"transformer\.resblocks\.(\d+)\.")}
+        text |= {"width": width, "heads": width // 64, "layers": layers(r"transformer\.resblocks\.(\d+)\.")}
         vision: dict[str, Any]
         if "visual.proj" in tensors:
             kernel = tensors["visual.conv1.weight"].shape
             grid = math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
             vision = {"image_size": grid * kernel[-1], "patch_size": kernel[-1], "width": kernel[0]}
             vision["layers"] = layers(r"visual\.transformer\.resblocks\.(\d+)\.")
-            vision["head_width"] = min(64, kernel[0])
         else:
             grid = math.isqrt(tensors["visual.attnpool.positional_embedding"].shape[0] - 1)
             stages = [layers(rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]

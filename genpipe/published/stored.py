@@ -31,12 +31,12 @@ class Storage:
             return torch.empty(0, dtype=self.dtype)
         size = self.numel * self.dtype.itemsize
         with self.path.open("rb") as file:
-            if self.start % self.dtype.itemsize:  # torch computes with aligned numbers only
-                copied = bytearray(size)
+            if self.start % self.dtype.itemsize:  # as old writers left them; torch computes with aligned numbers only
+                copied = torch.empty(self.numel, dtype=self.dtype)
                 file.seek(self.start)
-                if file.readinto(copied) != size:
+                if file.readinto(copied.view(torch.uint8).numpy()) != size:
                     raise Damaged("it ends before its weights do")
-                return torch.frombuffer(copied, dtype=self.dtype)
+                return copied
             inside = self.start % mmap.ALLOCATIONGRANULARITY
             # A private mapping: whoever changes the tensor changes neither the file nor other readers' tensors.
             pages = mmap.mmap(file.fileno(), inside + size, access=mmap.ACCESS_COPY, offset=self.start - inside)
