@@ -24,7 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "embedding_dim": D, "num_embeddings": 77,
     },
     "decoder": {
-        **karlo.CONFIGS["decoder"], **_UNET, "sample_size": 16, "attention_head_dim": 4, "cross_attention_dim": X,
+        **karlo.CONFIGS["decoder"], **_UNET, "sample_size": 8, "attention_head_dim": 4, "cross_attention_dim": X,
         "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],
         "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
     },
@@ -32,7 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "clip_embeddings_dim": D, "clip_extra_context_tokens": 4, "cross_attention_dim": X, "time_embed_dim": E,
     },
     "super_res_first": {
-        **karlo.CONFIGS["super_res_first"], **_UNET, "sample_size": 64,
+        **karlo.CONFIGS["super_res_first"], **_UNET, "sample_size": 32,
         "down_block_types": ["ResnetDownsampleBlock2D"] * 2, "up_block_types": ["ResnetUpsampleBlock2D"] * 2,
     },
 }  # fmt: skip

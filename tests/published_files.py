@@ -46,7 +46,7 @@ def randomised(model: nn.Module, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.eval()
 
 
@@ -68,6 +68,7 @@ def write_sparse(path: Path, shapes: Shapes) -> None:
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as safetensors pads it: numbers that are not aligned cannot be mapped
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

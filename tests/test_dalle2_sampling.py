@@ -142,6 +142,18 @@ def test_the_unclip_scheduler_by_name_and_as_object(learned: bool) -> None:
     compare(walk, predict, cosine("unclip", kind, learned), 7, clamp=1.0, tolerance=2e-3)
 
 
+def test_the_ends_of_a_linear_schedule_are_the_models() -> None:
+    trained = {"beta_schedule": "linear", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
+    ends = {"beta_start": 0.00085, "beta_end": 0.012}
+    for name in SCHEDULERS:
+        betas = make_scheduler(name, **trained, **ends).betas
+        assert float(betas[0]) == pytest.approx(0.00085) and float(betas[-1]) == pytest.approx(0.012)
+    with pytest.raises(InputError, match="beta_end=0.02, the model was trained with 0.012"):
+        make_scheduler(make_scheduler("ddpm", **trained, beta_start=0.00085), **trained, **ends)
+    every = draw(toy, make_scheduler("ddpm-leading", **trained, **ends), 1000, clamp=1.0)  # no room for an offset of 1
+    assert bool(every.isfinite().all())
+
+
 def test_a_schedulers_own_settings_are_used_and_its_object_stays_as_it_is() -> None:
     given = DPMSolverMultistepScheduler(**COSINE, prediction_type="sample", solver_order=3, use_karras_sigmas=True)
     before, timesteps = dict(given.config), given.timesteps.clone()
@@ -169,7 +181,8 @@ def test_an_oracle_gets_its_picture(name: str, n: int) -> None:
             tolerance = 6e-3 if (kind, n) == ("epsilon", 1) else 2e-5
             torch.testing.assert_close(end, x_0, rtol=0, atol=tolerance)
             assert torch.equal(steps[-1].x_0, end) and len(steps) == n
-            assert int(steps[0].t) == 999 and int(steps[-1].t) < 1000 / n
+            first = 999 if n == 1 or name != "ddpm-leading" else (n - 1) * (1000 // n) + 1
+            assert int(steps[0].t) == first and int(steps[-1].t) < 1000 / n
 
 
 def oracle(x_0: Tensor, kind: str) -> Callable[[Tensor, Tensor], Tensor]:

@@ -141,7 +141,7 @@ def test_sizes_and_configs_are_the_published_ones() -> None:
 
 def test_a_folder_is_read_bit_for_bit(folder: Path) -> None:
     read = karlo.read(folder)
-    assert (read.name, read.resolution, find(folder)) == ("karlo-v1-alpha", 16, karlo)
+    assert (read.name, read.resolution, find(folder)) == ("karlo-v1-alpha", 8, karlo)
     parts = built(folder)
     files = {name: load_file(folder / name / "diffusion_pytorch_model.safetensors") for name in MANIFEST["diffusers"]}
     prior, decoder, upsampler = (parts[name].state_dict() for name in FOLDER_PARTS)
@@ -280,13 +280,13 @@ def test_classes_are_looked_up_and_never_imported(copy: Path) -> None:
         ("decoder/config.json", {"trust_me": 1}, "has entries that UNet2DConditionModel does not know: trust_me"),
         ("decoder_scheduler/scheduler_config.json", {"variance_type": "fixed_small_log"}, "has variance_type"),
         ("super_res_last/config.json", {"layers_per_block": 3}, "has layers_per_block '3'"),
-        ("super_res_first/config.json", {"sample_size": 40}, "is for pictures of side 40, no multiple of 16"),
+        ("super_res_first/config.json", {"sample_size": 20}, "is for pictures of side 20, no multiple of 8"),
     ],
 )
 def test_configs_that_are_not_karlos_are_refused(copy: Path, file: str, values: Any, message: str) -> None:
     changed(copy / file, **values)
     if "first" in file:
-        changed(copy / "super_res_last/config.json", sample_size=40)
+        changed(copy / "super_res_last/config.json", sample_size=20)
     with pytest.raises(InputError, match=message):
         built(copy)
 

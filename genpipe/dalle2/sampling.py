@@ -27,6 +27,7 @@ from genpipe.dalle2.schedulers import (
     scheduler_for,
     shifts_mean,
     started,
+    takes_x_0,
     times_of,
     uses_variance,
     variance_of,
@@ -120,21 +121,25 @@ def denoise(
     scheduler = started(scheduler, num_inference_steps, noise.device)
     options = _step_options(scheduler, eta, seeds, len(noise), stream)
     alpha_bars, times = alpha_bars_of(scheduler), times_of(scheduler)
-    n, channels = len(times), noise.shape[1]
+    n, channels, kind = len(times), noise.shape[1], scheduler.config.prediction_type
+    corrects = not (gradient is known is dynamic_threshold is clamp is None)
+    if corrects and takes_x_0(scheduler):
+        # Said as noise, a corrected x_0 would come back at the noisiest step with some 0.003 of rounding.
+        scheduler.register_to_config(prediction_type="sample")
     x = noise.to(torch.promote_types(noise.dtype, torch.float32)) * scheduler.init_noise_sigma
     for i, timestep in enumerate(scheduler.timesteps):
         x_t, t = scheduler.scale_model_input(x, timestep), times[i]
         scale = guidance_scale if guidance_interval[0] <= i / n < guidance_interval[1] else 1.0
         answer = _guided(predict, null_predict or predict, scale, x_t, t, (stage, i, n))
         prediction, variance = answer[:, :channels], answer[:, channels:]
-        alpha_bar, kind = alpha_bars[i].expand(len(x)), scheduler.config.prediction_type
+        alpha_bar = alpha_bars[i].expand(len(x))
         x_0 = predicted_x_0(x_t, prediction, alpha_bar, kind)
         slope = None if gradient is None else gradient(x_t, t)
         if slope is not None and not shifts_mean(scheduler):
             x_0 = guidance.toward(x_0, slope, alpha_bar)
-        if not (slope is known is dynamic_threshold is clamp is None):
+        if corrects:
             x_0 = _limited(x_0 if known is None else _corrected(x_0, known), dynamic_threshold, clamp)
-            prediction = _prediction_of(x_0, x_t, alpha_bar, kind)
+            prediction = _prediction_of(x_0, x_t, alpha_bar, scheduler.config.prediction_type)
         if i == n - 1 and ends_at_x_0(scheduler):
             x = x_0
         else:

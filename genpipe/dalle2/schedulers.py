@@ -276,6 +276,12 @@ def ends_at_x_0(scheduler: Any) -> bool:
     return isinstance(scheduler, by_sigma) and float(scheduler.sigmas[-1]) == 0
 
 
+def takes_x_0(scheduler: Any) -> bool:
+    """Whether its step can be told x_0 itself, as the prediction type "sample"; some of diffusers' cannot."""
+    by_sigma = EulerDiscreteScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler
+    return isinstance(scheduler, DDIMScheduler | DDPMScheduler | UnCLIPScheduler | by_sigma)
+
+
 def draws_noise(scheduler: Any, eta: float) -> bool:
     """Whether `scheduler.step` draws noise: all of diffusers' that take a generator do, with these exceptions."""
     if isinstance(scheduler, DDIMScheduler):
