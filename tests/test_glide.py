@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from glide_reference import CONFIGS, TEXT, tensors_of, text_reference, unet_reference
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from genpipe.dalle2.schedulers import fast27_timesteps
 from genpipe.errors import InputError
 from genpipe.parts import load_part, save_part
 from genpipe.published.glide_parts import decoder, upsampler
-from tests.glide_reference import CONFIGS, TEXT, tensors_of, text_reference, unet_reference
 
 CAPTIONS = ["a corgi's hat", "two corgis in a field of flowers, and a hat on each of them"]
 

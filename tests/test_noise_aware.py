@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from glide_reference import GUIDE_CONFIG, tensors_of
 from open_clip import SimpleTokenizer
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from genpipe.errors import InputError
 from genpipe.images import signed_to_unit
 from genpipe.parts import load_part, save_part
 from genpipe.published.glide_parts import guide
-from tests.glide_reference import GUIDE_CONFIG, tensors_of
 
 IMAGE, TEXT = "clip_image_enc.pt", "clip_text_enc.pt"
 

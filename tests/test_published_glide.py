@@ -1,5 +1,6 @@
 """GLIDE's files: names and shapes of the published ones, values through their containers, refusals, a drawing."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -10,19 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from glide_reference import CONFIGS, tensors_of
 from PIL import Image
+from published_files import MemoryPeak
 from torch import Tensor
 
 from genpipe.clip.noise_aware import NoiseAwareCLIP
 from genpipe.dalle2.glide import GLIDE, GLIDEUpsampler
 from genpipe.errors import InputError
-from genpipe.images import to_unit
+from genpipe.images import read_recipe, to_unit
 from genpipe.published import glide, glide_parts
 from genpipe.published.fitting import assign, give_back, on_meta
 from genpipe.published.guided_diffusion import applied
+from pipelines.cli import main
 from pipelines.dalle2 import DALLE2Pipeline
-from tests.glide_reference import CONFIGS, tensors_of
-from tests.published_files import MemoryPeak
+from pipelines.family import save_family
+from pipelines.steering import Filling
 
 MANIFEST = Path(__file__).parent / "manifests" / "glide.json.gz"
 SIZES = {  # bytes of the published files as far as they are tensors, from the address they are fetched from
@@ -30,6 +34,7 @@ SIZES = {  # bytes of the published files as far as they are tensors, from the a
     "clip-text-enc": 287e6,
 }  # fmt: skip
 FILES = ("base.pt", "upsample.pt", "base_inpaint.pt", "upsample_inpaint.pt", *glide.GUIDE)
+FEW = {"num_inference_steps": 3, "upsampler_steps": 3}
 MERGES = "\n".join(["#version: 0.2", *(f"{a} {b}" for a in "abcd" for b in "abcdefghij"), ""])  # 40 of them
 
 
@@ -219,7 +224,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> DALLE2Pipeline:
     read = glide.read(folder, configs=CONFIGS)
-    return DALLE2Pipeline(None, **parts_of(folder), defaults={**read.defaults["dalle2"], "num_inference_steps": 3})
+    return DALLE2Pipeline(None, **parts_of(folder), defaults={**read.defaults["dalle2"], **FEW})
 
 
 def test_pipeline_draws_with_its_own_text_and_is_led_by_the_guide(pipeline: DALLE2Pipeline) -> None:
@@ -228,7 +233,11 @@ def test_pipeline_draws_with_its_own_text_and_is_led_by_the_guide(pipeline: DALL
     assert [len(images) for images in plain.images] == [2, 2] and plain.scores == [[None, None]] * 2
     assert plain.images[0][0].size == (16, 16) and plain.images[0][0] != plain.images[1][0]
     sampling = pipeline.resolve_sampling({"clip_guidance_scale": 3.0, "guidance_scale": 1.0})
-    assert sampling.mode == "caption" and sampling.scheduler == "unclip" and sampling.upsampler_steps == 27
+    assert sampling.mode == "caption" and sampling.scheduler == "unclip" and sampling.upsampler_steps == 3
+    plainly = DALLE2Pipeline(None, pipeline.decoder, upsampler=pipeline.upsampler, defaults=glide.SAMPLING)
+    assert plainly.resolve_sampling() == dataclasses.replace(
+        plainly.resolve_sampling(), num_inference_steps=100, guidance_scale=3.0, upsampler_steps=27, mode="caption"
+    )
     led, unled = (
         pipeline(["abc"], keep=2, seed=5, sampling=each)
         for each in (sampling, pipeline.resolve_sampling({"guidance_scale": 1.0}))
@@ -247,8 +256,10 @@ def test_pipeline_draws_with_its_own_text_and_is_led_by_the_guide(pipeline: DALL
 
 
 def test_pipeline_fills_holes_and_keeps_the_rest(folder: Path) -> None:
-    parts = parts_of(folder / "base_inpaint.pt")
-    pipeline = DALLE2Pipeline(None, **parts, defaults={**glide.SAMPLING, "num_inference_steps": 3})
+    read = glide.read(folder / "base_inpaint.pt", configs=CONFIGS)
+    assert read.defaults["dalle2"]["guidance_scale"] == 5.0
+    parts = {name: build() for name, build in read.parts.items()}
+    pipeline = DALLE2Pipeline(None, **parts, defaults={**read.defaults["dalle2"], **FEW})
     picture = Image.effect_noise((20, 16), 90).convert("RGB")
     fill = Image.new("L", (20, 16))
     fill.paste(255, (2, 8, 18, 16))  # the lower half of the square in the middle
@@ -258,6 +269,11 @@ def test_pipeline_fills_holes_and_keeps_the_rest(folder: Path) -> None:
         assert result.size == (16, 16)
         torch.testing.assert_close(to_unit([result])[:, :, :8], given[:, :, :8], rtol=0, atol=1.01 / 255)
     assert drawn[0] != drawn[1] and not torch.allclose(to_unit([drawn[0]])[:, :, 8:], given[:, :, 8:], atol=0.05)
+    speck = Image.new("L", (20, 16))
+    speck.putpixel((5, 1), 200)
+    filling = Filling.of(picture, speck, 8)
+    assert (~filling.kept).nonzero().tolist() == [[0, 0, 0, 1]]  # one of the decoder's pixels, wholly
+    assert int((~filling.at(16, torch.device("cpu"))["kept"]).sum()) == 4
     with pytest.raises(InputError, match="both need the same size"):
         pipeline("abc", image=picture, fill=fill.resize((16, 16)))
     with pytest.raises(InputError, match="nowhere white"):
@@ -266,3 +282,34 @@ def test_pipeline_fills_holes_and_keeps_the_rest(folder: Path) -> None:
         pipeline("abc", image=picture)
     with pytest.raises(InputError, match="takes a picture, and a mask"):
         pipeline("abc", fill=fill)
+
+
+def test_command_fills_holes_and_does_it_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    defaults = {**glide.SAMPLING, **FEW}
+    info = {"name": "tiny-glide", "license": "MIT", "resolution": 8, "defaults": {"dalle2": defaults}}
+    save_family(tmp_path / "family", parts_of(folder / "base_inpaint.pt"), info, dtype=torch.float32)
+    Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "picture.png")
+    Image.linear_gradient("L").resize((16, 16)).save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main(list(arguments))
+        shown = capsys.readouterr()
+        return int(end.value.code or 0), shown.out + shown.err
+
+    given = ["--family", "family", "--image", "picture.png", "--fill", "mask.png"]
+    code, shown = run("generate", "abc", *given, "--candidates", "1", "--clip-guidance", "2", "--out", "out")
+    assert code == 0, shown
+    (drawn,) = [path for path in (tmp_path / "out").glob("*.png")]
+    assert read_recipe(drawn)["settings"]["clip_guidance_scale"] == 2.0
+    code, shown = run("reproduce", str(drawn), *given)
+    assert code == 0 and "identical" in shown, shown
+    code, shown = run("reproduce", str(drawn), *given[:4])
+    assert code == 2 and "give their mask with --fill" in shown
+    code, shown = run("reproduce", str(drawn), *given[:5], "picture.png")
+    assert code == 2 and "other holes than those of --fill" in shown
+    code, shown = run("generate", "abc", *given[:2], *given[4:], "--out", "out")
+    assert code == 2 and "give it with --image" in shown

@@ -35,8 +35,9 @@ def clip_gradient(
         with torch.enable_grad():
             x = x_t.detach().requires_grad_(True)
             image = F.normalize(encode_image(x, t).float(), dim=-1)
-            (slope,) = torch.autograd.grad((image * text).sum(), x)  # of each row's own cosine
-        return scale * slope
+            # Of each row's own cosine; scaled beforehand, so that little is lost in half precision.
+            (slope,) = torch.autograd.grad(scale * (image * text).sum(), x)
+        return slope
 
     return gradient
 

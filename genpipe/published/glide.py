@@ -68,6 +68,7 @@ SAMPLING = {
     "scheduler": "unclip",  # DDPM with the learned variance through evenly spaced steps, both ends included
     "upsampler_steps": 27,
 }
+FILLING_SAMPLING = {**SAMPLING, "guidance_scale": 5.0}
 
 
 def recognises(source: Path) -> bool:
@@ -145,7 +146,7 @@ def read(
         licence=LICENCE,
         description=DESCRIPTION,
         parts=parts,
-        defaults={"dalle2": SAMPLING},
+        defaults={"dalle2": FILLING_SAMPLING if fills else SAMPLING},
         files=[base, upsample, *guide, merges],
         resolution=int(configs["decoder"]["resolution"]),
         notes=_notes(fills, bool(guide), clip is not None, all(_has(folder, name) for name in FILLING)),
