@@ -343,7 +343,7 @@ def test_broken_samples_are_skipped_and_counted(tmp_path):
     assert shards.report().skipped == expected
     assert shards.report().first["duplicate key"] == "0.tar 000000000"
     assert str(shards.report()).startswith("4 pairs read, 9 skipped: ")
-    # The stream replaces each of the broken ones that the headers do not show, and counts them once per epoch.
+    # The stream replaces each of the broken ones that the headers do not show, and counts each once.
     stream = Shards(tmp_path, SIZE)
     seen = numbers(stream, 4 + 6)
     assert set(seen) == {0, 3, 10, 11}

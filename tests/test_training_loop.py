@@ -587,11 +587,12 @@ def test_a_process_that_fails_does_not_leave_the_other_waiting(tmp_path: Path, d
 
 @pytest.mark.slow
 def test_the_launcher_trains_and_its_interrupt_saves(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_cpu_threads_per_process", "1", "-m", "genpipe.training", "dvae", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["-m", "genpipe.training", "dvae", "--out", str(tmp_path)]
     command += [word for change in TINY_DVAE for word in ("--set", change)]
     done = subprocess.run([*command, "--set", "run.steps=3"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "3 of 3 steps" in done.stdout, done.stderr
+    assert record_of(tmp_path, 3)["batches"] == 6
 
     endless = [*command, "--set", "run.steps=1000000", "--set", "run.save_minutes=1000"]
     process = subprocess.Popen(endless, stderr=subprocess.PIPE, text=True, start_new_session=True)

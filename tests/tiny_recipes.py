@@ -176,7 +176,7 @@ def free_port() -> int:
 
 
 def join_group(rank: int, port: int, log: Path) -> None:
-    """The environment that `accelerate launch --cpu --num_processes 2` gives to its processes."""
+    """The environment that `torchrun --nproc_per_node 2` gives to its processes."""
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in group.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
@@ -199,7 +199,7 @@ def train_in_group(jobs: list[tuple[Recipe, Path]], rank: int, port: int, log: P
 
 
 def command_in_group(arguments: list[str], rank: int, port: int, log: Path) -> None:
-    """One of two processes of `accelerate launch -m genpipe.training ...`."""
+    """One of two processes of `torchrun -m genpipe.training ...`."""
     join_group(rank, port, log)
     from genpipe.training.__main__ import main
 

@@ -1,4 +1,7 @@
-"""`accelerate launch -m genpipe.training RECIPE --set key=value`: `genpipe train` on any number of processes."""
+"""`torchrun --nproc_per_node 2 -m genpipe.training RECIPE --set key=value`: `genpipe train` on several processes.
+
+`accelerate launch` starts them, too, on GPUs; without one it starts a single process, however many are asked for.
+"""
 
 import argparse
 import json
