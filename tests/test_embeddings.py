@@ -235,11 +235,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "decoder": {
         "image_dropout": 0.1,
         "text_dropout": 0.5,
+        "new_clip": False,
         "min_snr_gamma": 5.0,
         "timestep_shift": 1.0,
         "bound_weight": 0.001,
     },
-    "prior": {"text_dropout": 0.1, "repeats": 2, "statistics_pairs": 8},
+    "prior": {"new_clip": False, "text_dropout": 0.1, "repeats": 2, "statistics_pairs": 8},
 }
 
 

@@ -26,7 +26,9 @@ from genpipe.training.prior_stage import PriorStage, training_pictures
 
 def tiny_prior_recipe(family: Path, **objective: Any) -> Recipe:
     """One layer beside the tiny family's CLIP: 16 x 16 pixels."""
-    settings = {"clip": str(family / "clip"), "text_dropout": 0.1, "repeats": 3, "statistics_pairs": 40}
+    settings = {
+        "clip": str(family / "clip"), "new_clip": False, "text_dropout": 0.1, "repeats": 3, "statistics_pairs": 40,
+    }  # fmt: skip
     return Recipe(
         name="tiny prior",
         stage="prior",
@@ -217,3 +219,23 @@ def test_figures_of_a_prior(tiny_folder: Path) -> None:
     )
     with pytest.raises(InputError, match="at least 2"):
         prior_figures(stage.model, stage.clip, scenes, count=1)
+
+
+def test_a_prior_goes_on_beside_a_new_clip_only_where_that_is_said(tiny_folder: Path, tmp_path: Path) -> None:
+    model = stage_of(tiny_folder).model
+    model.set_statistics(torch.randn(50, model.config.embedding_dim, generator=seeded()))
+    save_part(model, tmp_path / "prior")
+    clip = load_part(CLIP, tiny_folder / "clip")
+    with torch.no_grad():
+        clip.towers.visual.proj.mul_(-1)  # another CLIP, whose image embeddings lie elsewhere
+    save_part(clip, tmp_path / "clip")
+    recipe = tiny_prior_recipe(tiny_folder, clip=str(tmp_path / "clip"))
+    recipe.init = str(tmp_path / "prior")
+    with pytest.raises(InputError, match="objective.new_clip=true"):
+        PriorStage(recipe, None)
+    recipe.objective["new_clip"] = True
+    stage = PriorStage(recipe, None)
+    assert stage.model.config.clip_identity == weights_identity(clip) != model.config.clip_identity
+    before = stage.model.mean.clone()
+    stage.before_step(batch_of(stage), 0, seeded())
+    assert not torch.equal(stage.model.mean, before)

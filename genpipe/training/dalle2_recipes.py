@@ -36,6 +36,7 @@ def decoder() -> Recipe:
         },
         objective={
             "clip": "",
+            "new_clip": False,
             "image_dropout": 0.1,
             "text_dropout": 0.5,
             "min_snr_gamma": 0.0,
@@ -58,7 +59,7 @@ def prior() -> Recipe:
         name="prior",
         stage="prior",
         model={"num_layers": 5, "num_heads": 3, "head_dim": 64, "dropout": 0.0, "embedding_scale": "unit"},
-        objective={"clip": "", "text_dropout": 0.1, "repeats": 8, "statistics_pairs": 2048},
+        objective={"clip": "", "new_clip": False, "text_dropout": 0.1, "repeats": 8, "statistics_pairs": 2048},
         optimizer=OptimizerConfig(learning_rate=1e-3, beta_2=0.96, weight_decay=6e-2, epsilon=1e-6, warmup_steps=200),
         run=RunConfig(steps=1700, batch_size=32, ema_decay=0.998),
     )
@@ -74,7 +75,7 @@ def prior_paper() -> Recipe:
         name="prior-paper",
         stage="prior",
         model={"num_layers": 24, "num_heads": 32, "head_dim": 64, "dropout": 0.0, "embedding_scale": "unit"},
-        objective={"clip": "", "text_dropout": 0.1, "repeats": 1, "statistics_pairs": 0},
+        objective={"clip": "", "new_clip": False, "text_dropout": 0.1, "repeats": 1, "statistics_pairs": 0},
         data=DataConfig(size=256),
         optimizer=OptimizerConfig(learning_rate=1.1e-4, beta_2=0.96, weight_decay=6e-2, epsilon=1e-6, warmup_steps=0),
         run=RunConfig(steps=600_000, batch_size=64, accumulate=64, ema_decay=0.9999, validate_every=5000),

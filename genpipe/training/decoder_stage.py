@@ -29,7 +29,7 @@ from genpipe.parts import load_part
 from genpipe.tokenizer import TokenBatch
 from genpipe.training.config import Recipe
 from genpipe.training.data import Batch, check_embeddings
-from genpipe.training.stage import Logs, Stage, build
+from genpipe.training.stage import Logs, Stage, adopt_clip, build
 from genpipe.training.validation import Validation
 
 Condition = tuple[Tensor, Tensor, Tensor, Tensor]  # image and text embedding, text states, text mask
@@ -53,8 +53,7 @@ class DecoderStage(Stage):
         check_embeddings(recipe.data, identity)
         if recipe.init:
             self.model = load_part(Decoder, recipe.init)
-            if self.model.config.clip_identity not in (None, identity):
-                raise InputError(f"{recipe.init} was trained beside another CLIP than {self.objective['clip']}.")
+            adopt_clip(self.model, identity, recipe)
         else:
             text_width = self.clip.encode_text([""]).states.shape[-1]
             shape = {"resolution": recipe.data.size, "clip_width": self.clip.embedding_dim, "text_width": text_width}

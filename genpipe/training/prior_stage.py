@@ -31,7 +31,7 @@ from genpipe.parts import load_part
 from genpipe.tokenizer import TokenBatch
 from genpipe.training.config import DataConfig, Recipe
 from genpipe.training.data import Batch, check_embeddings, emoji_scenes, first_embeddings, pairs_of
-from genpipe.training.stage import Logs, Stage, build
+from genpipe.training.stage import Logs, Stage, adopt_clip, build
 from genpipe.training.validation import Validation
 
 
@@ -55,14 +55,13 @@ class PriorStage(Stage):
             raise InputError("objective.statistics_pairs is 1; one pair has no deviation, use 0 or 2 and above.")
         if recipe.init:
             self.model = load_part(Prior, recipe.init)
-            if self.model.config.clip_identity not in (None, identity):
-                raise InputError(f"{recipe.init} was trained beside another CLIP than {self.objective['clip']}.")
+            adopt_clip(self.model, identity, recipe)
         else:
             width, text_width = self.clip.embedding_dim, self.clip.encode_text([""]).states.shape[-1]
             shape = {"embedding_dim": width, "text_width": text_width, "text_length": self.clip.context_length}
             own = {"text_projection": text_width != width, "clip_identity": identity}
             self.model = build(Prior, {**shape, **own, **recipe.model})
-        self.fresh = not recipe.init
+        self.fresh = not recipe.init or self.objective["new_clip"]
         self.alphas = cumulative_alphas(self.model.config.beta_schedule, self.model.config.num_train_timesteps)
         self.validation = Validation(recipe.data, 256)
 

@@ -103,6 +103,19 @@ def build(part: Callable[..., Part], settings: dict[str, Any]) -> Part:
         raise InputError(f"a {name} cannot be built with these model settings ({reason}).") from error
 
 
+def adopt_clip(model: Any, identity: str, recipe: Recipe) -> None:
+    """Make a prior or decoder that a run starts from one of the CLIP with this `weights_identity`.
+
+    Raises InputError where it was trained beside another one, unless objective.new_clip says that it is to learn this.
+    """
+    if model.config.clip_identity not in (None, identity) and not recipe.objective["new_clip"]:
+        raise InputError(
+            f"{recipe.init} was trained beside another CLIP than {recipe.objective['clip']}; take that one, or set "
+            "objective.new_clip=true to go on with this one."
+        )
+    model.register_to_config(clip_identity=identity)
+
+
 def tokenizer_for(recipe: Recipe, resumed: Path | None) -> CaptionTokenizer:
     """The run's tokenizer: from objective.tokenizer (a part's folder), from a resumed run, else trained on captions."""
     given = recipe.objective["tokenizer"] or (
