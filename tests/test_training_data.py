@@ -210,6 +210,10 @@ def test_sources_are_told_apart_and_checked(sources: dict[str, str], tmp_path: P
         for data in (DataConfig(source=missing), DataConfig(validation=missing)):
             with pytest.raises(InputError, match="nowhere"):
                 check_source(data)
+    (tmp_path / "broken.tar").touch()
+    with pytest.raises(InputError, match="No sample can be read from .*broken.tar"):
+        pairs_of(str(tmp_path / "broken.tar"), 16, 5)
+    (tmp_path / "broken.tar").unlink()
     with pytest.raises(InputError, match="No pictures were found"):
         BatchStream(recipe_of(str(tmp_path)), collate, seen=0, count=1)
 

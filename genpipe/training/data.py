@@ -130,9 +130,15 @@ def first_embeddings(data: DataConfig, count: int) -> np.ndarray:
 
 
 def pairs_of(source: str, size: int, count: int) -> list[Pair]:
-    """Up to `count` pairs of a folder, list or shards, each once, cut from the centre, always the same ones."""
+    """Up to `count` pairs of a folder, list or shards, each once, cut from the centre, always the same ones.
+
+    Raises InputError where there is none.
+    """
     if is_shards(source):
-        return list(_first_pairs(source, size, count))
+        found = list(_first_pairs(source, size, count))
+        if not found:
+            raise InputError(f'No sample can be read from "{source}"; `genpipe data check` tells what is broken.')
+        return found
     folder = ImageTextFolder(source, size=size)
     return [folder[i] for i in range(min(count, len(folder)))]
 
