@@ -12,5 +12,8 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")
 ]
 ClipOption = Annotated[
-    str, typer.Option(help="A family, a folder, or an open_clip model and its weights as in ViT-B-32:openai.")
+    str,
+    typer.Option(
+        help="A family, a published CLIP's folder, file or Hub id, or open_clip's MODEL:WEIGHTS, as ViT-B-32:openai."
+    ),
 ]

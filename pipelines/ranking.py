@@ -11,7 +11,6 @@ from genpipe.clip.model import CLIP
 from genpipe.clip.rerank import rerank
 from genpipe.errors import InputError
 from genpipe.images import find_pictures, open_picture, shrink, to_unit
-from genpipe.parts import load_part
 from pipelines.family import INFO_FILE, describe_family, load_part_of, shipped_families
 from pipelines.request import check_positive, check_prompts
 
@@ -25,28 +24,38 @@ class RankedFiles:
 
 
 def load_clip(name: str) -> CLIP:
-    """A family's CLIP (name, folder or Hub id), a CLIP part's folder, or a published open_clip model "NAME:WEIGHTS".
+    """The CLIP that a name, file or folder stands for, in float32.
 
-    Raises InputError for names that are none of these, damaged files, and weights that cannot be downloaded.
+    A family's (name, folder or Hub id), a CLIP part's folder, a published open_clip model "NAME:WEIGHTS" (a tag or a
+    file), one of OpenAI's archives, or a folder or Hub id of open_clip's or Hugging Face's making. Raises InputError
+    for names that are none of these, damaged files, and weights that cannot be downloaded.
     """
     is_folder = os.path.isdir(name)
     if name in shipped_families() or (is_folder and os.path.isfile(os.path.join(name, INFO_FILE))):
         return load_part_of(describe_family(name), "clip")
-    if is_folder:
-        return load_part(CLIP, name)
     import open_clip
+    import torch
 
+    from genpipe.published.clip import read_clip
+
+    if is_folder or os.path.isfile(name):
+        return read_clip(Path(name), torch.float32)
     model, _, weights = name.partition(":")
     if model.replace("/", "-") in open_clip.list_models():
         if not weights:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))) or "none"
             raise InputError(f"{name!r} needs its weights named, as in {model}:WEIGHTS; open_clip has {tags}.")
+        if os.path.isfile(weights):
+            return read_clip(Path(weights), torch.float32, model)
         return CLIP.from_open_clip(model, weights)
     if "/" in name:
-        return load_part_of(describe_family(name), "clip")
+        from genpipe.published.clip_hub import fetch_clip
+
+        folder = fetch_clip(name.removeprefix("hf-hub:"))
+        return read_clip(folder, torch.float32) if folder else load_part_of(describe_family(name), "clip")
     raise InputError(
         f"There is no CLIP {name[:100]!r}; give a family ({', '.join(shipped_families()) or 'none is shipped'}), "
-        "a folder, or an open_clip model and its weights as in ViT-B-32:openai."
+        "a folder or file of a published CLIP, or an open_clip model and its weights as in ViT-B-32:openai."
     )
 
 

@@ -205,7 +205,8 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
 
     def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> embedding (B, D), not normalised: encode_image without the states."""
-        return self.towers.visual(self._normalized_pixels(pixels))
+        x = self._normalized_pixels(pixels)
+        return self.towers.visual(x)
 
     @staticmethod
     def check_range(pixels: torch.Tensor) -> None:

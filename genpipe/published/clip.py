@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,35 +123,40 @@ def _open_clip_tokenizer(text: Any, config_path: Path) -> str:
 
 def _from_hugging_face(folders: tuple[Path, ...], dtype: torch.dtype | None) -> CLIP:
     """One folder of either half or both, or a text folder and an image folder."""
-    configs = {folder: _json(folder / "config.json") for folder in folders}
-    tensors = {folder: _read(find_weights(folder, *HF_STEMS), dtype) for folder in folders}
-    config, renamed = hugging_face_clip(configs, tensors)
+    paths = [find_weights(folder, *HF_STEMS) for folder in folders]
+    read = [_read(path, dtype) for path in paths]
+    kinds = {tensor.dtype for tensors in read for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(kinds) > 1:  # towers that were saved in different types, as Kandinsky's may be
+        read = [_read(path, torch.float32) for path in paths]
+    config, renamed = hugging_face_clip(
+        [(folder, _json(folder / "config.json"), tensors) for folder, tensors in zip(folders, read, strict=True)]
+    )
     where = " and ".join(str(folder) for folder in folders)
     return _filled({**config, **_preprocessing(folders[-1])}, renamed, Path(where))
 
 
 def hugging_face_clip(
-    configs: Mapping[Path, Mapping[str, Any]], tensors: Mapping[Path, dict[str, torch.Tensor]]
+    sources: Sequence[tuple[Path, Mapping[str, Any], dict[str, torch.Tensor]]],
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Folder -> config.json and folder -> tensors, of one or two folders -> CLIP's arguments, open_clip's tensors.
+    """(folder, its config.json, its tensors), one or two of them -> CLIP's arguments and open_clip's tensors.
 
     Raises InputError unless there is one text tower, one image tower, or one of each that belong together.
     """
     architecture: dict[str, Any] = {"vision_cfg": {}, "text_cfg": {}}
     widths, activations, halves = set(), set(), []
     whole: dict[str, torch.Tensor] = {}
-    for folder, config in configs.items():
+    for folder, config, tensors in sources:
         kind = str(config.get("model_type"))
-        present = {half_of(name, kind) for name in tensors[folder]}
+        present = {half_of(name, kind) for name in tensors}
         for half, key, translate in (("text", "text_cfg", text_cfg), ("image", "vision_cfg", vision_cfg)):
             if half in present:
                 architecture[key], width, activation = translate(config, folder / "config.json")
                 widths.add(width)
                 activations.add(activation)
                 halves.append(half)
-        whole |= from_hugging_face(tensors[folder], kind)
-    where = " and ".join(str(folder) for folder in configs)
-    if not halves or len(set(halves)) != len(halves) or (len(configs) == 2 and len(halves) != 2):
+        whole |= from_hugging_face(tensors, kind)
+    where = " and ".join(str(folder) for folder, *_ in sources)
+    if not halves or len(set(halves)) != len(halves) or (len(sources) == 2 and len(halves) != 2):
         raise InputError(f"{where} must hold a text tower and an image tower of CLIP, or one of them, not {halves}.")
     if len(widths) != 1 or len(activations) != 1:
         raise InputError(
@@ -161,7 +166,7 @@ def hugging_face_clip(
     if architecture["text_cfg"].get("vocab_size", PLAIN_VOCABULARY) != PLAIN_VOCABULARY:
         raise InputError(f"{where} has a vocabulary of its own, only CLIP's of {PLAIN_VOCABULARY} entries is known.")
     architecture |= {"embed_dim": widths.pop(), "quick_gelu": ACTIVATIONS[activations.pop()]}
-    if len(halves) != 2 or len(configs) == 2:
+    if len(halves) != 2 or len(sources) == 2:
         dtype = next((tensor.dtype for tensor in whole.values() if tensor.is_floating_point()), None)
         whole.setdefault("logit_scale", torch.tensor(math.log(100), dtype=dtype))
     chosen = "both" if len(halves) == 2 else halves[0]

@@ -34,7 +34,7 @@ class Storage:
             if self.start % self.dtype.itemsize:  # as old writers left them; torch computes with aligned numbers only
                 copied = torch.empty(self.numel, dtype=self.dtype)
                 file.seek(self.start)
-                if file.readinto(copied.view(torch.uint8).numpy()) != size:
+                if file.readinto(copied.view(torch.uint8).numpy().data) != size:
                     raise Damaged("it ends before its weights do")
                 return copied
             inside = self.start % mmap.ALLOCATIONGRANULARITY
