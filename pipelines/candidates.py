@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from genpipe.clip.chunks import is_out_of_memory
 from genpipe.clip.model import CLIP
-from genpipe.clip.rerank import TopK, is_out_of_memory, score
+from genpipe.clip.rerank import TopK, score
 from genpipe.dalle2.sampling import Step
 from genpipe.images import signed_to_unit, to_pil
 from pipelines.request import Callback, GenerationOutput, Progress, Stopped

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from genpipe.clip.architecture import nano_architecture
+from genpipe.clip.chunks import is_out_of_memory
 from genpipe.clip.model import CLIP
-from genpipe.clip.rerank import TopK, is_out_of_memory, rerank, score
+from genpipe.clip.rerank import TopK, rerank, score
 from genpipe.errors import InputError
 from genpipe.tokenizer import CaptionTokenizer
 

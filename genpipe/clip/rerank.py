@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
+from genpipe.clip.chunks import Chunks
 from genpipe.clip.model import CLIP
 from genpipe.errors import InputError
-
-OUT_OF_MEMORY_TEXTS = ("out of memory", "allocate memory", "not enough memory")
 
 
 class TopK:
@@ -115,25 +114,15 @@ def _scored(
     keep_pixels: bool,
 ) -> Iterator[tuple[int, torch.Tensor, list[torch.Tensor] | None]]:
     """(index of the first, scores (n,), the n original pictures if asked for) chunk by chunk, in order."""
-    if chunk_size < 1:
-        raise InputError(f"chunk_size must be at least 1, not {chunk_size}.")
+    chunks = Chunks(chunk_size)
     text_embedding = _text_direction(clip, text)
     start = 0
     for fitted, originals in _chunks(clip, candidates, chunk_size, keep_pixels):
-        waiting = fitted
         done: list[torch.Tensor] = []
-        while len(waiting):
-            try:
-                embedding = clip.embed_image(waiting[:chunk_size]).float()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or chunk_size == 1:
-                    raise
-                chunk_size = max(1, min(chunk_size, len(waiting)) // 2)
-                continue
+        for embedding in map(torch.Tensor.float, chunks.run(clip.embed_image, fitted)):
             norm = _finite(embedding, "the image embedding").norm(dim=-1)
             similarity = embedding @ text_embedding / norm.clamp(min=1e-12)  # n
             done.append(_finite(similarity, "the scores").cpu())
-            waiting = waiting[chunk_size:]
         yield start, torch.cat(done), originals
         start += len(fitted)
 
@@ -175,11 +164,3 @@ def _finite(values: torch.Tensor, stage: str) -> torch.Tensor:
     if not bool(values.isfinite().all()):
         raise InputError(f"reranking found NaN or infinity in {stage}; the weights or an earlier stage are broken.")
     return values
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on whatever device; on a CPU torch tells by its text only."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        phrase in text for phrase in OUT_OF_MEMORY_TEXTS
-    )

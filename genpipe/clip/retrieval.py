@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from genpipe.clip.chunks import Chunks
 from genpipe.clip.embedding_cache import (
     EmbeddingTable,
     Stamp,
@@ -29,7 +30,6 @@ from genpipe.clip.embedding_cache import (
     write_cache,
 )
 from genpipe.clip.model import CLIP
-from genpipe.clip.rerank import is_out_of_memory
 from genpipe.data.read_ahead import read_ahead
 from genpipe.errors import InputError
 from genpipe.images import find_pictures, open_picture, shrink, to_unit
@@ -212,36 +212,26 @@ def _embed_files(
     sound: list[str] = []
     pixels: list[torch.Tensor] = []
     reading = read_ahead(names, lambda name: read_for_clip(clip, root / name))
+    chunks = Chunks(chunk_size)
     for done, (name, future) in enumerate(reading, start=1):
         try:
             pixels.append(future.result())
             sound.append(name)
         except InputError as error:
             skipped.append((root / name, str(error)))
-        if sound and (len(sound) >= chunk_size or done == len(names)):
-            embeddings, chunk_size = _embed(clip, torch.stack(pixels), chunk_size)
+        if sound and (len(sound) >= chunks.size or done == len(names)):
             rows = np.array([stamps[name] for name in sound], dtype=np.int64)
-            yield done, EmbeddingTable(sound, rows, embeddings)
+            yield done, EmbeddingTable(sound, rows, _embed(clip, torch.stack(pixels), chunks))
             sound, pixels = [], []
 
 
 @torch.no_grad()
-def _embed(clip: CLIP, pixels: torch.Tensor, chunk_size: int) -> tuple[np.ndarray, int]:
-    """Pixels (n, 3, H, W) -> embeddings (n, D) of length 1, and the chunk size that memory allowed."""
-    done: list[torch.Tensor] = []
-    while len(pixels):
-        try:
-            embedding = clip.embed_image(pixels[:chunk_size]).float()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or chunk_size == 1:
-                raise
-            chunk_size = max(1, min(chunk_size, len(pixels)) // 2)
-            continue
-        if not bool(embedding.isfinite().all()):
-            raise FloatingPointError("CLIP's embedding of a picture is not finite; its weights are damaged.")
-        done.append(F.normalize(embedding, dim=-1).cpu())
-        pixels = pixels[chunk_size:]
-    return torch.cat(done).numpy(), chunk_size
+def _embed(clip: CLIP, pixels: torch.Tensor, chunks: Chunks) -> np.ndarray:
+    """Pixels (n, 3, H, W) -> embeddings (n, D) of length 1."""
+    embedding = torch.cat([each.float().cpu() for each in chunks.run(clip.embed_image, pixels)])
+    if not bool(embedding.isfinite().all()):
+        raise FloatingPointError("CLIP's embedding of a picture is not finite; its weights are damaged.")
+    return F.normalize(embedding, dim=-1).numpy()
 
 
 def _stamp(path: Path) -> Stamp:

@@ -18,8 +18,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from genpipe.clip.chunks import Chunks
 from genpipe.clip.model import CLIP
-from genpipe.clip.rerank import is_out_of_memory
 from genpipe.clip.retrieval import read_for_clip
 from genpipe.clip.templates import choose_templates, fill
 from genpipe.data.labelled import check_class_names
@@ -107,12 +107,12 @@ def build_classifier(
     identity, scale = weights_identity(clip), float(clip.clipped_logit_scale().detach())
     classifier = ZeroShotClassifier(list(names), list(templates), clip.embedding_dim, scale, identity)
     total = torch.zeros(len(names), clip.embedding_dim, device=clip.device)  # C, D
-    chunks = _Chunks(chunk_size)
+    chunks = Chunks(chunk_size)
     count = len(names) * len(templates)
     for start in range(0, count, chunk_size):
         numbers = range(start, min(start + chunk_size, count))  # templates of the first class, of the second, ...
         prompts = [fill(templates[n % len(templates)], names[n // len(templates)]) for n in numbers]
-        rows = chunks.embed(prompts, lambda texts: clip.encode_text(texts).embedding, "text embeddings")
+        rows = _embed(chunks, lambda texts: clip.encode_text(texts).embedding, prompts, "text embeddings")
         classes = torch.tensor([n // len(templates) for n in numbers], device=rows.device)
         total.index_add_(0, classes, rows)
         if report is not None:
@@ -166,13 +166,13 @@ def embed_pictures(clip: CLIP, pictures: Iterable[Tensor], chunk_size: int = 64)
     In order, of length 1, n <= chunk_size at a time; half as many go through CLIP each time memory runs out. Besides
     one chunk nothing is held. Raises InputError for pixels outside [0, 1], FloatingPointError for broken numbers.
     """
-    chunks = _Chunks(chunk_size)
+    chunks = Chunks(chunk_size)
     waiting: list[Tensor] = []
 
     def embed() -> Tensor:
         pixels = torch.stack(waiting)  # n, 3, S, S
         clip.check_range(pixels)
-        return chunks.embed(pixels, clip.embed_image, "image embeddings")
+        return _embed(chunks, clip.embed_image, pixels, "image embeddings")
 
     for picture in pictures:
         waiting.append(clip.fit_pixels(picture[None])[0])
@@ -253,31 +253,12 @@ def label_files(
     return ClassifiedFiles(list(zip(readable, found, strict=True)), skipped)
 
 
-class _Chunks:
-    """Things through CLIP, at most `size` at once; `size` halves for good each time memory runs out."""
-
-    def __init__(self, size: int) -> None:
-        if size < 1:
-            raise InputError(f"chunk_size must be at least 1, not {size}.")
-        self.size = size
-
-    def embed(self, things: Any, embed: Callable[[Any], Tensor], what: str) -> Tensor:
-        """A list of n texts, or pixels (n, 3, S, S) -> embeddings (n, D) in float32, of length 1."""
-        done: list[Tensor] = []
-        start = 0
-        while start < len(things):
-            try:
-                embedding = embed(things[start : start + self.size]).float()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.size == 1:
-                    raise
-                self.size = max(1, min(self.size, len(things) - start) // 2)
-                continue
-            if not bool(embedding.isfinite().all()):
-                raise FloatingPointError(f"CLIP's {what} are not finite; its weights are damaged.")
-            done.append(F.normalize(embedding, dim=-1))
-            start += len(embedding)
-        return torch.cat(done)
+def _embed(chunks: Chunks, work: Callable[[Any], Tensor], things: Any, what: str) -> Tensor:
+    """`work` of a list of n texts, or of pixels (n, 3, S, S) -> embeddings (n, D) in float32, of length 1."""
+    embedding = torch.cat([each.float() for each in chunks.run(work, things)])
+    if not bool(embedding.isfinite().all()):
+        raise FloatingPointError(f"CLIP's {what} are not finite; its weights are damaged.")
+    return F.normalize(embedding, dim=-1)
 
 
 def _check_told_apart(clip: CLIP, names: Sequence[str], templates: Sequence[str]) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from genpipe.clip.chunks import Chunks
 from genpipe.clip.model import CLIP
-from genpipe.clip.rerank import is_out_of_memory
 from genpipe.data.embeddings import EmbeddingsHeader, StoredEmbeddings
 from genpipe.data.samples import BrokenSample, Report
 from genpipe.data.shard_walk import count_broken
@@ -156,7 +156,7 @@ class _Embedder:
     """CLIP in bounded batches: pixels in, what is stored out."""
 
     def __init__(self, clip: CLIP, batch_size: int) -> None:
-        self.clip, self.batch_size = clip, batch_size
+        self.clip, self.chunks = clip, Chunks(batch_size)
 
     def fit(self, picture: Image.Image) -> torch.Tensor:
         """Picture of any size -> pixels (3, S, S) in [0, 1]."""
@@ -165,18 +165,8 @@ class _Embedder:
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
         """Pixels (B, 3, S, S) -> embeddings float16 (B, D)."""
-        done: list[torch.Tensor] = []
-        while len(pixels):
-            try:
-                embedding = self.clip.embed_image(pixels[: self.batch_size])
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.batch_size == 1:
-                    raise
-                self.batch_size = max(1, min(self.batch_size, len(pixels)) // 2)
-                continue
-            done.append(embedding.to(torch.float16).cpu())
-            pixels = pixels[self.batch_size :]
-        return torch.cat(done).numpy()
+        found = self.chunks.run(self.clip.embed_image, pixels)
+        return torch.cat([embedding.to(torch.float16).cpu() for embedding in found]).numpy()
 
 
 def _embed_shard(shard: Path, embedder: _Embedder, stored: StoredEmbeddings, follow: Callable[[float], None]) -> Report:
@@ -191,7 +181,7 @@ def _embed_shard(shard: Path, embedder: _Embedder, stored: StoredEmbeddings, fol
     crcs: list[int] = []
     values = [np.zeros((0, embedder.clip.embedding_dim), dtype=np.float16)]
     samples = _samples(index, embedder, report)
-    while batch := list(islice(samples, embedder.batch_size)):
+    while batch := list(islice(samples, embedder.chunks.size)):
         embedded = embedder(torch.stack([pixels for _, _, pixels in batch]))
         odd = np.flatnonzero(~np.isfinite(embedded).all(axis=1))
         if len(odd):
