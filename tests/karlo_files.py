@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from published_files import random_tensors, randomised, write_image_encoder, wri
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from genpipe.dalle2.sampling import step_generators
 from genpipe.published import karlo
 from genpipe.published.fitting import give_back
 from genpipe.published.guided_diffusion import Rules
@@ -125,3 +126,35 @@ def write_originals(folder: Path, parts: Mapping[str, Any], rules: Mapping[str, 
     statistics = states["prior"]["mean"].clone(), states["prior"]["std"].clone()
     torch.save(statistics, folder / karlo.ORIGINALS["clip_stats"])
     return folder
+
+
+class Walk:
+    """One of the reference's denoising loops: its scheduler, from pure noise, with the noise of our seeds.
+
+    Its table of alpha_bar is diffusers' own, but computed with in double precision, as in the original sampler: in
+    single precision the first step is off by 2e-4 and the last one multiplies the picture by 0.9995.
+    """
+
+    def __init__(self, folder: Path, name: str, steps: int, seeds: Sequence[int]) -> None:
+        self.seeds = seeds
+        self.scheduler = UnCLIPScheduler.from_pretrained(folder / name)
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.double()
+        self.scheduler.alphas = self.scheduler.alphas_cumprod[:1]  # only the last step, at t = 0, looks at these two
+        self.scheduler.betas = 1 - self.scheduler.alphas
+        self.scheduler.set_timesteps(steps)
+
+    def __call__(self, predict: Any, x: Tensor, stream: int) -> Tensor:
+        generators, times = step_generators(self.seeds, stream), self.scheduler.timesteps
+        for i, t in enumerate(times):
+            last = i + 1 == len(times)
+            prediction = predict(x, t, last)
+            before = None if last else times[i + 1]
+            x = self.scheduler.step(prediction, t, x, prev_timestep=before, generator=generators).prev_sample
+        return x
+
+
+def guided(answer: Tensor, scale: float, channels: int) -> Tensor:
+    """Of the null and the conditional rows; a learned variance is the conditional one's."""
+    null, conditional = answer.chunk(2)
+    guided = null[:, :channels] + scale * (conditional[:, :channels] - null[:, :channels])
+    return torch.cat([guided, conditional[:, channels:]], dim=1)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
-from karlo_files import write_folder, write_variations
+from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
+from karlo_files import Walk, guided, write_folder, write_variations
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genpipe.dalle2.sampling import DECODER, PRIOR, UPSAMPLER, noise_of, step_generators
+from genpipe.dalle2.sampling import DECODER, PRIOR, UPSAMPLER, noise_of
 from genpipe.images import to_pil, to_unit
 from genpipe.published import karlo
 from pipelines.candidates import Block
@@ -43,37 +43,6 @@ def pipeline_of(source: Path, clip: Path | None = None) -> DALLE2Pipeline:
     return DALLE2Pipeline(**parts, defaults=read.defaults["dalle2"])
 
 
-class Walk:
-    """One of the reference's denoising loops: its scheduler, from pure noise, with the noise of our seeds.
-
-    Its table of alpha_bar is diffusers' own, but computed with in double precision, as in the original sampler: in
-    single precision the first step is off by 2e-4 and the last one multiplies the picture by 0.9995.
-    """
-
-    def __init__(self, folder: Path, name: str, steps: int) -> None:
-        self.scheduler = UnCLIPScheduler.from_pretrained(folder / name)
-        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.double()
-        self.scheduler.alphas = self.scheduler.alphas_cumprod[:1]  # only the last step, at t = 0, looks at these two
-        self.scheduler.betas = 1 - self.scheduler.alphas
-        self.scheduler.set_timesteps(steps)
-
-    def __call__(self, predict: Any, x: Tensor, stream: int) -> Tensor:
-        generators, times = step_generators(SEEDS, stream), self.scheduler.timesteps
-        for i, t in enumerate(times):
-            last = i + 1 == len(times)
-            prediction = predict(x, t, last)
-            before = None if last else times[i + 1]
-            x = self.scheduler.step(prediction, t, x, prev_timestep=before, generator=generators).prev_sample
-        return x
-
-
-def guided(answer: Tensor, scale: float, channels: int) -> Tensor:
-    """Of the null and the conditional rows; a learned variance is the conditional one's."""
-    null, conditional = answer.chunk(2)
-    guided = null[:, :channels] + scale * (conditional[:, :channels] - null[:, :channels])
-    return torch.cat([guided, conditional[:, channels:]], dim=1)
-
-
 def reference_prior(folder: Path, null: Text, text: Text) -> Tensor:
     prior = PriorTransformer.from_pretrained(folder / "prior").eval()
     embedding, states, mask = (
@@ -87,7 +56,7 @@ def reference_prior(folder: Path, null: Text, text: Text) -> Tensor:
         return guided(answer, 4.0, x.shape[1])
 
     noise = noise_of(SEEDS, (1, embedding.shape[1]), PRIOR)[:, 0]
-    return prior.post_process_latents(Walk(folder, "prior_scheduler", 6)(predict, noise, PRIOR))
+    return prior.post_process_latents(Walk(folder, "prior_scheduler", 6, SEEDS)(predict, noise, PRIOR))
 
 
 def text_projection(folder: Path, image_embedding: Tensor, embedding: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +89,7 @@ def reference_decoder(folder: Path, image_embedding: Tensor, null: Text, text: T
         ).sample
         return guided(answer, 8.0, 3)
 
-    x = Walk(folder, "decoder_scheduler", 6)(predict, noise_of(SEEDS, (3, 8, 8), DECODER), DECODER)
+    x = Walk(folder, "decoder_scheduler", 6, SEEDS)(predict, noise_of(SEEDS, (3, 8, 8), DECODER), DECODER)
     return x.clamp(-1, 1)
 
 
@@ -131,7 +100,7 @@ def reference_super_resolution(folder: Path, small: Tensor) -> Tensor:
     def predict(x: Tensor, t: Tensor, last: bool) -> Tensor:
         return (last_one if last else first)(torch.cat([x, low], dim=1), t).sample
 
-    walk = Walk(folder, "super_res_scheduler", 7)
+    walk = Walk(folder, "super_res_scheduler", 7, SEEDS)
     return walk(predict, noise_of(SEEDS, (3, 32, 32), UPSAMPLER), UPSAMPLER)
 
 

@@ -270,6 +270,18 @@ def test_schedulers(name: str) -> None:
     )
 
 
+def test_the_clamp_is_the_priors_unless_a_drawing_names_one() -> None:
+    text, narrow = texts(1), tiny_prior(gain=3.0, clamp=0.25)
+    seen: list[Step] = []
+    drawn = sample(narrow, *text, [[1]], num_inference_steps=3, callback=seen.append)
+    assert max(float(step.x_0.abs().max()) for step in seen) == 0.25
+    wide = tiny_prior(gain=3.0, clamp=None)
+    assert torch.equal(drawn, sample(wide, *text, [[1]], num_inference_steps=3, clamp=0.25))
+    assert tiny_prior().config.clamp == 5.0
+    with pytest.raises(InputError, match="clamp of a prior must be above 0"):
+        tiny_prior(clamp=0.0)
+
+
 def test_inputs_stay_as_they_are() -> None:
     model, text, null = tiny_prior(), texts(2), texts(1, seed=9)
     kept = [part.clone() for part in (*text, *null)]

@@ -219,6 +219,37 @@ def test_every_scheduler_and_prediction(scheduler: str, prediction_type: str) ->
     assert bool(torch.isfinite(drawn).all()) and colour_difference(drawn, small(1)) < 1
 
 
+@pytest.mark.parametrize("scheduler", ["unclip", "ddim"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_second_network_takes_the_last_step_alone(scheduler: str, steps: int) -> None:
+    model = make(last_step_network=True, scheduler=scheduler, num_inference_steps=steps)
+    calls: list[str] = []
+    for name, unet in (("first", model.unet), ("last", model.last_unet)):
+        unet.register_forward_hook(lambda *unused, name=name: calls.append(name))
+    plain = upsample(model, small(1), [0])
+    assert calls == ["first"] * (steps - 1) + ["last"]
+    with torch.no_grad():
+        model.last_unet.conv_out.bias.add_(0.5)
+    assert not torch.allclose(upsample(model, small(1), [0]), plain, atol=1e-3)
+    names = {name.partition(".")[0] for name in model.state_dict()}
+    assert {"unet", "last_unet"} <= names and make().last_unet is None
+
+
+def test_the_scheduler_and_the_mean_colour_are_the_models() -> None:
+    low = small(1)
+    assert torch.equal(upsample(make(), low, [0]), upsample(make(), low, [0], scheduler="ddim"))
+    stochastic = make(scheduler="unclip")
+    assert torch.equal(upsample(stochastic, low, [0]), upsample(make(), low, [0], scheduler="unclip"))
+    assert not torch.allclose(upsample(stochastic, low, [0]), upsample(make(), low, [0]), atol=1e-3)
+    free = make(corrects_colour=False)
+    with torch.no_grad():
+        free.unet.conv_out.bias.add_(0.3)
+    drawn = upsample(free, low, [0])
+    assert colour_difference(drawn, low) > 5 and 0 <= float(drawn.min()) and float(drawn.max()) <= 1
+    with pytest.raises(InputError, match="scheduler must be one of"):
+        make(scheduler="unknown")
+
+
 def test_the_lightest_blur_of_training_is_what_drawing_applies() -> None:
     blur, low = {"kind": "blur", "kernel": 3, "sigma": [0.6, 0.6]}, small(1)
     drawn = upsample(make(trained=False, corruption=blur), low, [0])

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
-from torch import Tensor, nn
+from diffusers import ModelMixin, PriorTransformer, UNet2DConditionModel, UNet2DModel
+from torch import Tensor
 
 from genpipe.dalle2.decoder import Decoder
 from genpipe.dalle2.prior import Prior
 from genpipe.dalle2.upsampler import Upsampler
 from genpipe.errors import InputError
 from genpipe.published.containers import read_tensors
-from genpipe.published.diffusers_folder import arguments, component_config, expect, needed, weights_files
+from genpipe.published.diffusers_folder import Classes, arguments, component_config, expect, needed, weights_files
 from genpipe.published.fitting import assign, on_meta
 from genpipe.published.guided_diffusion import Rules, applied, unet_rules
 from genpipe.published.karlo import CLASSES, ORIGINAL_CLAMP
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=ModelMixin)
 Config = Mapping[str, Any]
 
 UPSAMPLER_STEPS = 7
@@ -143,7 +143,8 @@ def empty_upsampler(config: Config, small: int, where: Path) -> Upsampler:
 def prior_of_folder(source: Path, dtype: torch.dtype | None) -> Prior:
     """The part from a checked folder; so the next two. Raise InputError where config or weights do not fit."""
     config = component_config(source, "prior", CLASSES)
-    clamp = _scheduler(source, "prior_scheduler", {"prediction_type": "sample", "variance_type": "fixed_small_log"})
+    wanted = {"prediction_type": "sample", "variance_type": "fixed_small_log"}
+    clamp = unclip_clamp(source, "prior_scheduler", CLASSES, wanted)
     model = empty_prior(config, clamp, source / "prior" / "config.json")
     return filled_prior(model, _weights(source, "prior", dtype), str(source / "prior"))
 
@@ -159,7 +160,8 @@ def filled_prior(model: Prior, tensors: Mapping[str, Tensor], where: str) -> Pri
 
 
 def decoder_of_folder(source: Path, dtype: torch.dtype | None) -> Decoder:
-    _scheduler(source, "decoder_scheduler", {"prediction_type": "epsilon", "variance_type": "learned_range"}, 1.0)
+    wanted = {"prediction_type": "epsilon", "variance_type": "learned_range"}
+    unclip_clamp(source, "decoder_scheduler", CLASSES, wanted, 1.0)
     config = component_config(source, "decoder", CLASSES)
     projection = component_config(source, "text_proj", CLASSES)
     model = empty_decoder(config, projection, source / "decoder" / "config.json")
@@ -176,7 +178,8 @@ def filled_decoder(
 
 
 def upsampler_of_folder(source: Path, dtype: torch.dtype | None) -> Upsampler:
-    _scheduler(source, "super_res_scheduler", {"prediction_type": "epsilon", "variance_type": "fixed_small_log"}, 1.0)
+    wanted = {"prediction_type": "epsilon", "variance_type": "fixed_small_log"}
+    unclip_clamp(source, "super_res_scheduler", CLASSES, wanted, 1.0)
     first, last = (component_config(source, name, CLASSES) for name in ("super_res_first", "super_res_last"))
     where = source / "super_res_last" / "config.json"
     if last.get("sample_size") is None:  # as it was published
@@ -196,9 +199,9 @@ def filled_upsampler(
     return filled(model, fitting | {f"last_unet.{name}": tensor for name, tensor in last.items()}, where)
 
 
-def _scheduler(source: Path, name: str, wanted: Config, clamp: float | None = None) -> float:
-    """The limit of x_0 by a folder's scheduler. Raises InputError for one that genpipe would not follow."""
-    config = component_config(source, name, CLASSES, "scheduler_config.json")
+def unclip_clamp(source: Path, name: str, classes: Classes, wanted: Config, clamp: float | None = None) -> float:
+    """The limit of x_0 by a folder's UnCLIPScheduler. Raises InputError for one that genpipe would not follow."""
+    config = component_config(source, name, classes, "scheduler_config.json")
     where = source / name / "scheduler_config.json"
     expect(config, {**UNCLIP, **wanted, **({} if clamp is None else {"clip_sample_range": clamp})}, where)
     return float(config.get("clip_sample_range", 1.0))
@@ -288,4 +291,5 @@ def _within(prefix: str, rules: Rules) -> dict[str, tuple[str, tuple[str, ...]]]
 def filled(model: Model, tensors: Mapping[str, Tensor], where: str) -> Model:
     """An empty model with its weights under our names, in eval mode. Raises InputError where they do not fit."""
     assign(model, tensors, where)
+    model.register_to_config(_name_or_path=where)  # as diffusers does: its weights come from somewhere
     return model.eval()
