@@ -45,8 +45,10 @@ def save_part(
     fresh, old = (target.parent / f".{target.name}.{kind}-{uuid.uuid4().hex[:8]}" for kind in ("new", "old"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(fresh, max_shard_size="10000GB")
-        rewrite_weights(fresh, dtype, file_bytes)
+        at_once = dtype is None and file_bytes is not None
+        model.save_pretrained(fresh, max_shard_size=file_bytes if at_once else "10000GB")
+        if not at_once:
+            rewrite_weights(fresh, dtype, file_bytes)
         config = json.loads((fresh / CONFIG_NAME).read_text(encoding="utf-8"))
         config[FORMAT_KEY] = FORMAT_VERSION
         config.pop("_name_or_path", None)  # where it was loaded from is no part of it
@@ -70,8 +72,10 @@ def save_part(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_part(cls: type[Part], folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Part:
+def load_part(cls: type[Part], folder: str | os.PathLike[str], dtype: torch.dtype | None = torch.float32) -> Part:
     """Load a part of class `cls` that save_part (or diffusers) wrote, in eval mode, floating-point weights as `dtype`.
+
+    None leaves them as they are stored.
 
     Nothing is unpickled, and the file's table of contents must equal the model's before any weight is read. Weights
     that are stored as `dtype` are mapped from the file, which must stay there, and read when they are used. Raises
@@ -97,8 +101,11 @@ def load_part(cls: type[Part], folder: str | os.PathLike[str], dtype: torch.dtyp
     if isinstance(model, OwnsTokenizer):
         model.load_tokenizer(root)
     model.register_to_config(_name_or_path=str(root))  # as diffusers does: its weights come from somewhere
-    # What is not saved is left to cast; ModelMixin's own `to` advises against what is wanted here.
-    return nn.Module.to(model, dtype=dtype).eval()
+    if (
+        dtype is not None
+    ):  # what is not saved is left to cast; ModelMixin's own `to` advises against what is wanted here
+        nn.Module.to(model, dtype=dtype)
+    return model.eval()
 
 
 def load_one_of(

@@ -56,11 +56,12 @@ def rewrite_weights(folder: Path, dtype: torch.dtype | None, file_bytes: int | N
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_weights(found: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def read_weights(found: Path, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """All tensors of a part's safetensors file, or of those that its index names; floating-point ones as `dtype`.
 
-    found: the file or index that `weight_table` looked at. Tensors that need no cast are mapped: their memory is taken
-    page by page as they are used, and the file must stay. Others are cast one by one, and nothing is in memory twice.
+    found: the file or index that `weight_table` looked at. Tensors that need no cast (None: all) are mapped: their
+    memory is taken page by page as they are used, and the file must stay. Others are cast one by one, and nothing is in
+    memory twice.
     """
     files = {found.name}
     if found.name == INDEX_NAME:
@@ -70,7 +71,8 @@ def read_weights(found: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         path = found.parent / file
         with safe_open(path, framework="pt") as opened:
             kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
-            as_they_are = {name for name, kind in kinds.items() if kind == TYPE_NAMES.get(dtype) or kind not in FLOATS}
+            right = FLOATS if dtype is None else {TYPE_NAMES.get(dtype)}
+            as_they_are = {name for name, kind in kinds.items() if kind in right or kind not in FLOATS}
             tensors.update({name: opened.get_tensor(name) for name in as_they_are})
         tensors.update({name: _read(path, name, dtype, check=False) for name in kinds if name not in as_they_are})
     return tensors
@@ -136,14 +138,15 @@ def _read_header(path: Path) -> Table:
     """Name -> (shape, floating point?) of a safetensors file, after checking that the file is whole."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+        start, brace = file.read(8), file.read(1)
+        # A safetensors file begins with the length of its JSON, which may well be 128: the first byte is not enough.
+        if brace != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise InputError(f"{path} is a pickled file under the name of a safetensors file and is refused.")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise InputError(f"{path} is truncated or is not a safetensors file ({size} bytes).")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(brace + file.read(length - 1))
             header.pop("__metadata__", None)
             table = {name: _checked_entry(entry, size - 8 - length) for name, entry in header.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -12,7 +12,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from genpipe.errors import InputError
-from pipelines import classify_commands, clip_commands, data_commands, demo_command, draw_commands, evaluate_commands
+from pipelines import (
+    classify_commands,
+    clip_commands,
+    data_commands,
+    demo_command,
+    draw_commands,
+    evaluate_commands,
+    import_command,
+)
 from pipelines.options import JsonOption
 from pipelines.terminal import INTERRUPTED, leave_closed_pipe, plain_warnings, say, show
 
@@ -37,7 +45,9 @@ def root(
         print(context.get_help())
 
 
-for commands in (draw_commands, demo_command, clip_commands, classify_commands, evaluate_commands, data_commands):
+for commands in (
+    draw_commands, demo_command, clip_commands, classify_commands, evaluate_commands, import_command, data_commands,
+):  # fmt: skip
     commands.register(app)
 
 

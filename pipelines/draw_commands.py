@@ -107,6 +107,7 @@ def generate(
         "prior_guidance_scale": prior_guidance, "clip_guidance_scale": clip_guidance, "upsample": upsample,
     }  # fmt: skip
     described = describe_family(family)
+    described.check_draws()
     names = list(SAMPLINGS) if pipeline == BOTH else [pipeline or described.pipelines[0]]
     settings = settings_of_flags(names, given)
     for name in names:

@@ -4,12 +4,10 @@ What a family says of itself without its weights is in family_info.py, whose fun
 """
 
 import hashlib
-import json
 import os
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,6 @@ from pipelines.family_info import (
     PART_CLASSES,
     PIPELINE_PARTS,
     FamilyInfo,
-    check_info,
     check_pipeline,
     class_of,
     describe_family,
@@ -28,6 +25,7 @@ from pipelines.family_info import (
     pipelines_of,
     shipped_families,
 )
+from pipelines.writing import write_family
 
 if TYPE_CHECKING:  # torch takes seconds to import, and listing families needs none of it
     import torch
@@ -36,8 +34,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and listing families needs n
     from genpipe.clip.model import CLIP
     from pipelines.dalle1 import DALLE1Pipeline
     from pipelines.dalle2 import DALLE2Pipeline
-
-FILE_BYTES = 16_000_000  # of one file of weights, at most: hosts and version control dislike larger ones
 
 __all__ = [
     "FORMAT_VERSION",
@@ -69,7 +65,7 @@ class Family(FamilyInfo):
     @property
     def hash(self) -> str:
         """Short hash over all parts."""
-        checksums = [f"{part}:{entry['sha256']}" for part, entry in sorted(self.info["parts"].items())]
+        checksums = [f"{part}:{self.checksum(part)}" for part in sorted(self.parts)]
         return hashlib.sha256("\n".join(checksums).encode()).hexdigest()[:12]
 
     def pipeline(self, name: str) -> "DALLE1Pipeline | DALLE2Pipeline":
@@ -86,26 +82,47 @@ def load_family(
     device: "torch.device | str | None" = None,
     dtype: "torch.dtype | None" = None,
     pipelines: Sequence[str] | None = None,
+    download: bool = False,
+    clip: str | os.PathLike[str] | None = None,
 ) -> Family:
     """Load a shipped family by name ("nano"), one in a folder, or one on the Hugging Face Hub ("owner/name").
 
-    `device` None leaves the weights in main memory; `dtype` None computes in float32, whatever the files hold;
-    `pipelines` None loads all that the family has, a list only those with their parts.
+    A folder or file of published weights that genpipe.published knows is a family too; with float32 weights, they are
+    mapped and read from the disk when they are used.
+
+    Args:
+        device: None leaves the weights in main memory. dtype: None computes in float32, whatever the files hold.
+        pipelines: None loads all that the family has, a list only those with their parts.
+        download: fetch what is not on this disk; without it, a Hub id is looked up among earlier downloads alone.
+        clip: file or folder of a CLIP in place of that of published weights.
     Raises InputError for an unknown family, a file that is missing, damaged, pickled, of another class or newer than
     this genpipe, a checksum that does not match, a pipeline that it does not have, and a Hub that cannot be reached.
     """
-    described = describe_family(name)
+    import torch
+
+    described = describe_family(name, download, dtype or torch.float32, None if clip is None else Path(clip))
+    described.check_draws()
     wanted = described.pipelines if pipelines is None else list(pipelines)
     for each in wanted:
         described.check_has(each)
+    if clip is not None and described.source is None:
+        raise InputError(f"The family {described.name!r} is no published one, whose CLIP could be another's.")
     needed = {part for each in wanted for part in described.parts_of(each)}
     parts = {part: load_part_of(described, part, dtype) for part in described.parts if part in needed | {"clip"}}
+    loaded = put_together(described, parts, wanted)
+    if device is not None:
+        for pipeline in loaded.values():
+            pipeline.to(device)
+    return Family(described.folder, described.info, described.source, clip=parts.get("clip"), **loaded)
 
+
+def put_together(described: FamilyInfo, parts: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """Pipelines of loaded parts, by name. Raises InputError for parts that do not fit one another."""
     from pipelines.dalle1 import DALLE1Pipeline
     from pipelines.dalle2 import DALLE2Pipeline
 
     classes: dict[str, Any] = {"dalle1": DALLE1Pipeline, "dalle2": DALLE2Pipeline}
-    loaded = {
+    return {
         each: classes[each](
             **{"clip": None, **{part: parts[part] for part in described.parts_of(each)}},
             defaults=described.defaults.get(each),
@@ -114,21 +131,23 @@ def load_family(
         )
         for each in wanted
     }
-    if device is not None:
-        for pipeline in loaded.values():
-            pipeline.to(device)
-    return Family(described.folder, described.info, clip=parts.get("clip"), **loaded)
 
 
 def load_part_of(described: FamilyInfo, part: str, dtype: "torch.dtype | None" = None) -> Any:
     """Load one part of a family, in eval mode, its files checked. Raises InputError as `load_family` does."""
+    if part not in described.parts:
+        raise InputError(f"The family {described.name!r} has no {part}, only {', '.join(described.parts)}.")
+    if described.source is not None:
+        model = described.source.build(part)
+        model.register_to_config(_name_or_path=str(described.folder))  # as for a saved part: it is not untrained
+        return model
     import torch
 
     from genpipe.parts import load_part, sha256_of
 
     folder = described.folder / part
     model = load_part(class_of(part, described.info["parts"][part]["class"]), folder, dtype or torch.float32)
-    if sha256_of(folder) != described.info["parts"][part]["sha256"]:
+    if sha256_of(folder) != described.checksum(part):
         raise InputError(
             f"The files of the part {part!r} in {str(described.folder)!r} are not those that {INFO_FILE} lists (its "
             "checksum differs); get the family again."
@@ -157,43 +176,9 @@ def save_family(
     """
     import torch
 
-    from genpipe.parts import save_part, sha256_of
-
-    target = Path(folder)
-    if target.exists() and not replace:
-        raise InputError(f"{str(target)!r} exists already; choose another folder or say that it may be replaced.")
     if not pipelines_of(parts):
         raise InputError(
             f"A family needs the parts of a pipeline ({needed_parts()}), got {', '.join(parts) or 'none'}."
         )
-    building = target.with_name(f".{target.name}-{uuid.uuid4().hex}.tmp")
-    try:
-        building.mkdir(parents=True)
-        entries = {}
-        for part, model in parts.items():
-            save_part(model, building / part, dtype or torch.float16, FILE_BYTES)
-            entries[part] = {"class": type(model).__name__, "sha256": sha256_of(building / part)}
-        whole = {**info, "genpipe_format": FORMAT_VERSION, "parts": entries}
-        check_info(whole, "The information about the family")
-        (building / INFO_FILE).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if card:
-            (building / "README.md").write_text(card, encoding="utf-8")
-        _put_in_place(building, target)
-    except OSError as error:
-        raise InputError(f"The family {str(target)!r} cannot be written: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _put_in_place(building: Path, target: Path) -> None:
-    if not target.exists():
-        building.rename(target)
-        return
-    old = building.with_suffix(".old")
-    target.rename(old)
-    try:
-        building.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+    build = {part: partial(parts.__getitem__, part) for part in parts}
+    write_family(Path(folder), build, info, card=card, replace=replace, dtype=dtype or torch.float16)

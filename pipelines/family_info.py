@@ -11,12 +11,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import genpipe
 from genpipe.errors import InputError
 from pipelines.request import is_whole
 from pipelines.settings import sampling_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.published_source import PublishedSource
 
 # 1: all of dalle1's parts and no others; the defaults are dalle1's. 2: one class for each part, and always a CLIP.
 FORMAT_VERSION = 3
@@ -59,6 +64,9 @@ class FamilyInfo:
 
     folder: Path
     info: dict[str, Any] = field(repr=False)
+    source: "PublishedSource | None" = field(
+        default=None, repr=False, compare=False
+    )  # of a family in published weights
 
     @property
     def name(self) -> str:
@@ -94,10 +102,23 @@ class FamilyInfo:
         check_pipeline(pipeline)
         if pipeline not in self.pipelines:
             missing = [part for part in PIPELINE_PARTS[pipeline].required if part not in self.parts]
+            instead = f"{' or '.join(self.pipelines)}, or " if self.pipelines else ""
             raise InputError(
                 f"The family {self.name!r} has no {' and no '.join(missing)}, which {pipeline} needs; choose "
-                f"{' or '.join(self.pipelines)}, or another family."
+                f"{instead}another family."
             )
+
+    def check_draws(self) -> None:
+        """Raises InputError where the parts make no pipeline."""
+        if not self.pipelines:
+            raise InputError(
+                f"The family {self.name!r} has no parts that make a pipeline ({needed_parts()}), only "
+                f"{', '.join(self.parts) or 'none'}; choose another family."
+            )
+
+    def checksum(self, part: str) -> str:
+        """SHA-256 of a part's files; of published weights that of all files together."""
+        return self.info["parts"][part]["sha256"] if self.source is None else self.source.sha256
 
     def hash_of(self, pipeline: str, upsampled: bool = True) -> str:
         """Short hash over the parts that a pipeline draws with: equal hashes draw equal pictures.
@@ -105,7 +126,7 @@ class FamilyInfo:
         upsampled: whether the upsampler, where there is one, is among them.
         """
         parts = [part for part in self.parts_of(pipeline) if upsampled or part != "upsampler"]
-        checksums = [f"{part}:{self.info['parts'][part]['sha256']}" for part in parts]
+        checksums = [f"{part}:{self.checksum(part)}" for part in parts]
         return hashlib.sha256("\n".join(checksums).encode()).hexdigest()[:12]
 
 
@@ -151,40 +172,65 @@ def _shipped_folder() -> Path:
     return Path(genpipe.__file__).parent / "families"
 
 
-def describe_family(name: str | os.PathLike[str]) -> FamilyInfo:
-    """Find a family and read what it says of itself, without its weights. Raises InputError as `load_family` does."""
-    folder = _find(name)
-    return FamilyInfo(folder, _read_info(folder))
-
-
-def _find(name: str | os.PathLike[str]) -> Path:
+def describe_family(
+    name: str | os.PathLike[str],
+    download: bool = False,
+    dtype: "torch.dtype | None" = None,
+    clip: Path | None = None,
+) -> FamilyInfo:
+    """Find a family and read what it says of itself, without its weights; the arguments are those of `load_family`."""
     text = os.fspath(name)
     if text in shipped_families():
-        return _shipped_folder() / text
-    try:
-        if text and Path(text).is_dir():
-            return Path(text)
-    except (OSError, ValueError):  # too long for a path, or with a zero byte
-        pass
-    if re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", text):
-        return _download(text)
-    shipped = ", ".join(shipped_families()) or "none"
-    raise InputError(
-        f"There is no family {text[:100]!r}; give the name of a shipped family ({shipped}), a folder or a Hub id."
-    )
+        return _family_in(_shipped_folder() / text)
+    if text and _is_there(text):
+        return _family_in(Path(text), dtype, clip)
+    from genpipe.published.download import fetch, known, on_this_disk
 
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = [INFO_FILE, "README.md", "*/*.json", "*/*.safetensors"]  # nothing that could be a pickle
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted))
-    except Exception as error:  # the client's own classes, httpx's and the system's, differing between its versions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    found = known(text)
+    if found is None:
+        shipped = ", ".join(shipped_families()) or "none"
         raise InputError(
-            f"There is no folder {hub_id!r}, and the family of that name could not be fetched from the Hub ({reason})."
-        ) from error
+            f"There is no family {text[:100]!r}; give the name of a shipped family ({shipped}), a folder or a Hub id."
+        )
+    check_name(text)
+    path = fetch(text) if download else on_this_disk(text)
+    if path is None:
+        size = f" (about {found[1].gigabytes:.1f} GB)" if found[1].gigabytes else ""
+        raise InputError(
+            f"The family {text!r} is not on this disk; fetch it{size} with `genpipe import {text} FOLDER`, and give "
+            "that folder from then on."
+        )
+    return _family_in(path, dtype, clip)
+
+
+def check_name(name: str) -> None:
+    """Raises InputError for what is known not to be readable, before anything of it is fetched."""
+    from genpipe.published.refused import reason_by_name
+
+    why = reason_by_name(name)
+    if why is not None:
+        raise InputError(why)
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a path, or with a zero byte
+        return False
+
+
+def _family_in(path: Path, dtype: "torch.dtype | None" = None, clip: Path | None = None) -> FamilyInfo:
+    """The family in a folder of ours, or in a folder or file of published weights."""
+    if (path / INFO_FILE).is_file():
+        return FamilyInfo(path, _read_info(path))
+    from pipelines.published_source import published_source
+
+    source = published_source(path, dtype, clip)
+    if source is None:
+        raise InputError(
+            f"{str(path)!r} is no family: it has no {INFO_FILE}, and no published weights that genpipe knows."
+        )
+    return FamilyInfo(path, source.info, source)
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
@@ -227,8 +273,6 @@ def check_info(info: Any, where: str) -> None:
     parts = info.get("parts")
     if not isinstance(parts, dict):
         raise refuse("lists no parts")
-    if not pipelines_of(parts):
-        raise refuse(f"lists no parts that make a pipeline ({needed_parts()})")
     for part, entry in parts.items():
         if part not in PART_CLASSES:
             raise refuse(f"lists a part {part[:40]!r} that is not known")

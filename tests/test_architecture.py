@@ -35,6 +35,7 @@ FLAGS = {
         "--description", "--guidance", "--temperature", "--top-p", "--default", "--card", "--replace",
     },
     "info": {"--json"},
+    "import": {"--clip", "--dtype", "--replace", "--json"},
     "demo": {"--family", "--host", "--port", "--open", "--no-open", "--device"},
     "classify": {
         "--classes", "--classes-file", "--classifier", "--save-classifier", "--templates", "--head", "--text", "--top",
