@@ -141,15 +141,25 @@ def assemble(
 def info(
     family: Annotated[
         str | None,
-        typer.Argument(metavar="FAMILY", help="A family's name, folder or Hub id.", show_default="all shipped"),
+        typer.Argument(
+            metavar="FAMILY", help="A family's name or Hub id, or any folder or file.", show_default="all shipped"
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show families, their parts, sizes and licences, versions of libraries, and devices."""
-    from pipelines.family import describe_family, shipped_families
+    """Show families, their parts, sizes and licences, versions of libraries, and devices; or what a folder holds.
+
+    A folder may be a family, published weights, one part or a training run. No weights are read.
+    """
+    from pipelines.family_info import describe_family, located_family, shipped_families
+    from pipelines.folder_info import describe_folder
     from pipelines.report import as_text, describe
 
-    report = describe([describe_family(name) for name in ([family] if family is not None else shipped_families())])
+    if family is None:
+        report = describe([describe_family(name) for name in shipped_families()])
+    else:
+        path, own = located_family(family)
+        report = describe([describe_family(path)]) if own else describe([], [describe_folder(path)])
     show(json.dumps(report, indent=2) if as_json else as_text(report))
 
 

@@ -179,11 +179,29 @@ def describe_family(
     clip: Path | None = None,
 ) -> FamilyInfo:
     """Find a family and read what it says of itself, without its weights; the arguments are those of `load_family`."""
+    path, own = located_family(name, download)
+    if own:
+        return FamilyInfo(path, _read_info(path))
+    from pipelines.published_source import published_source
+
+    source = published_source(path, dtype, clip)
+    if source is None:
+        raise InputError(
+            f"{str(path)!r} is no family: it has no {INFO_FILE}, and no published weights that genpipe knows."
+        )
+    return FamilyInfo(path, source.info, source)
+
+
+def located_family(name: str | os.PathLike[str], download: bool = False) -> tuple[Path, bool]:
+    """Where a family lies, and whether it is one of ours: a shipped one, or a folder with a family.json.
+
+    Raises InputError for a name that is nothing that could be one, and for one that is not on this disk.
+    """
     text = os.fspath(name)
     if text in shipped_families():
-        return _family_in(_shipped_folder() / text)
+        return _shipped_folder() / text, True
     if text and _is_there(text):
-        return _family_in(Path(text), dtype, clip)
+        return Path(text), (Path(text) / INFO_FILE).is_file()
     from genpipe.published.download import fetch, known, on_this_disk
 
     found = known(text)
@@ -200,7 +218,7 @@ def describe_family(
             f"The family {text!r} is not on this disk; fetch it{size} with `genpipe import {text} FOLDER`, and give "
             "that folder from then on."
         )
-    return _family_in(path, dtype, clip)
+    return path, (path / INFO_FILE).is_file()
 
 
 def check_name(name: str) -> None:
@@ -217,20 +235,6 @@ def _is_there(text: str) -> bool:
         return Path(text).exists()
     except (OSError, ValueError):  # too long for a path, or with a zero byte
         return False
-
-
-def _family_in(path: Path, dtype: "torch.dtype | None" = None, clip: Path | None = None) -> FamilyInfo:
-    """The family in a folder of ours, or in a folder or file of published weights."""
-    if (path / INFO_FILE).is_file():
-        return FamilyInfo(path, _read_info(path))
-    from pipelines.published_source import published_source
-
-    source = published_source(path, dtype, clip)
-    if source is None:
-        raise InputError(
-            f"{str(path)!r} is no family: it has no {INFO_FILE}, and no published weights that genpipe knows."
-        )
-    return FamilyInfo(path, source.info, source)
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

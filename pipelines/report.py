@@ -3,33 +3,41 @@
 import json
 import platform
 import struct
+from collections.abc import Sequence
 from importlib import metadata
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import genpipe
+from genpipe.errors import InputError
 from pipelines.family_info import FamilyInfo
 
 LIBRARIES = ("torch", "diffusers", "open_clip_torch", "accelerate", "tokenizers", "safetensors", "gradio")
-SHOWN = ("license", "description", "resolution", "trained_on")
+SHOWN = ("license", "license_url", "conditions", "description", "resolution", "trained_on")
+FOUND = (
+    "description", "license", "license_url", "conditions", "format", "recipe", "stage", "part", "class", "parameters",
+    "steps_done", "steps", "parts", "notes", "use",
+)  # fmt: skip
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
 
-def describe(families: list[FamilyInfo]) -> dict[str, Any]:
-    """Everything that `genpipe info` shows, as JSON values."""
+def describe(families: Sequence[FamilyInfo], found: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Everything that `genpipe info` shows, as JSON values; `found`: of folders that are no families of ours."""
     from pipelines.devices import available_devices
 
     return {
         "genpipe": genpipe.__version__,
         "families": [_describe_family(family) for family in families],
+        **({"found": list(found)} if found else {}),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
         "devices": available_devices(),
     }
 
 
 def _describe_family(family: FamilyInfo) -> dict[str, Any]:
-    parts = {part: _describe_part(family.folder / part, entry["class"]) for part, entry in family.info["parts"].items()}
+    parts = {part: describe_part(family.folder / part, entry["class"]) for part, entry in family.info["parts"].items()}
+    missing = _missing(family)
     return {
         "name": family.name,
         "folder": str(family.folder),
@@ -37,12 +45,31 @@ def _describe_family(family: FamilyInfo) -> dict[str, Any]:
         "defaults": family.defaults,
         "words": len(family.words) if family.words is not None else None,
         "hashes": {pipeline: family.hash_of(pipeline) for pipeline in family.pipelines},
+        "complete": not missing,
+        "missing": missing,
         "bytes": sum(part["bytes"] for part in parts.values()),
         "parts": parts,
     }
 
 
-def _describe_part(folder: Path, class_name: str) -> dict[str, Any]:
+def _missing(family: FamilyInfo) -> list[str]:
+    """What its parts lack, as far as their files' tables of contents tell."""
+    from genpipe.weight_files import weight_table
+
+    missing = []
+    for part in family.parts:
+        folder = family.folder / part
+        if not (folder / "config.json").is_file():
+            missing.append(f"{part}/config.json")
+            continue
+        try:
+            weight_table(folder)
+        except InputError as error:
+            missing.append(str(error))
+    return missing
+
+
+def describe_part(folder: Path, class_name: str) -> dict[str, Any]:
     weights = sorted(folder.glob("*.safetensors"))
     parameters, dtypes = 0, set()
     for file in weights:
@@ -76,6 +103,14 @@ def _version(library: str) -> str | None:
         return None
 
 
+def _complete(found: dict[str, Any]) -> str:
+    return "yes" if found["complete"] else f"no: {', '.join(found['missing']) or 'it has not ended'}"
+
+
+def _value(value: Any) -> str:
+    return "; ".join(str(each) for each in value) if isinstance(value, list) else " ".join(str(value).split())
+
+
 def as_text(report: dict[str, Any]) -> str:
     """The report for a person."""
     lines = [f"genpipe {report['genpipe']}"]
@@ -92,7 +127,14 @@ def as_text(report: dict[str, Any]) -> str:
             f"{'/'.join(entry['stored_as']) or 'no weights'}, {entry['bytes'] / 1e6:.1f} MB"
             for part, entry in family["parts"].items()
         ]
-    if not report["families"]:
+        lines.append(f"  {'complete':<12} {_complete(family)}")
+    for found in report.get("found", []):
+        size = f"{found['bytes'] / 1e9:.2f} GB, " if "bytes" in found else ""
+        what = found.get("name") or found.get("family") or found.get("part") or found.get("recipe") or ""
+        lines += ["", f"{found['kind']} {what}  ({size}{found['path']})"]
+        lines += [f"  {key:<12} {_value(found[key])}" for key in FOUND if found.get(key)]
+        lines.append(f"  {'complete':<12} {_complete(found)}")
+    if not report["families"] and "found" not in report:
         lines += ["", "no family is shipped with this installation"]
     versions = ", ".join(f"{name} {version or 'is missing'}" for name, version in report["versions"].items())
     return "\n".join([*lines, "", f"versions  {versions}", f"devices   {', '.join(report['devices'])}"])

@@ -115,13 +115,18 @@ def on_this_disk(name: str) -> Path | None:
     try:
         if len(download.hub) == 1:
             (repository,) = download.hub.values()
-            return Path(snapshot_download(repository, allow_patterns=list(download.patterns), local_files_only=True))
+            return Path(snapshot_download(repository, **_chosen(download), local_files_only=True))
         return _folder(name) if (_folder(name) / DONE).is_file() else None
     except Exception:  # the client's own classes, which differ between its versions
         return None
 
 
 DONE = ".complete"  # a file that says that several repositories were fetched to their end
+
+
+def _chosen(download: Download) -> dict[str, Any]:
+    """The files of a repository, as huggingface_hub takes them: without a second copy in half precision."""
+    return {"allow_patterns": list(download.patterns), "ignore_patterns": ["*.fp16.*", "*.non_ema.*"]}
 
 
 def fetch(name: str, report: Report | None = None) -> Path:
@@ -144,7 +149,7 @@ def fetch(name: str, report: Report | None = None) -> Path:
     for place, repository in download.hub.items():
         options: dict[str, Any] = {} if len(download.hub) == 1 else {"local_dir": _folder(name) / place}
         try:
-            fetched = snapshot_download(repository, allow_patterns=list(download.patterns), **options)
+            fetched = snapshot_download(repository, **_chosen(download), **options)
         except Exception as error:  # the client's own classes, httpx's and the system's, differing between its versions
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
             raise InputError(

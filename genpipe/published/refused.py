@@ -52,7 +52,7 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 # Beginnings of the names of repositories, without owner, so that nothing is fetched in vain.
 REPOSITORIES = (
-    (LAION, ("dalle2-pytorch", "upsamplers")),
+    (LAION, ("dalle2-pytorch",)),
     (RUDALLE, ("rudalle", "ru-dalle")),
     (STABLE_UNCLIP, ("stable-diffusion-2-1-unclip",)),
     (STABLE, ("stable-diffusion", "sdxl")),

@@ -1,0 +1,132 @@
+"""What a folder or file holds that is no family of ours: published weights, one part, a training run.
+
+No weights are read for it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from genpipe.errors import InputError
+from pipelines.family_info import PART_CLASSES
+from pipelines.published_source import sizes_of
+from pipelines.report import describe_part
+
+RECIPE_NAME = "recipe.json"
+JSON_LIMIT = 10_000_000  # bytes
+
+Found = dict[str, Any]
+
+
+def describe_folder(path: Path) -> Found:
+    """What is there: `kind`, whether it is `complete`, what is `missing`, and what the kind has beside these.
+
+    Raises InputError for what is nothing that genpipe knows, and with the reason for weights that it does not read.
+    """
+    looks: tuple[Callable[[Path], Found | None], ...] = (_training_run, _part, _published, _clip)
+    for look in looks:
+        found = look(path)
+        if found is not None:
+            return {"path": str(path), **found}
+    from genpipe.published.refused import reason
+
+    raise InputError(
+        reason(path)
+        or f"{str(path)!r} is no family, no published weights that genpipe knows, no part and no training run."
+    )
+
+
+def _published(path: Path) -> Found | None:
+    from genpipe.published.registry import recognised
+
+    found = recognised(path)
+    if found is None:
+        return None
+    family, reader = found
+    missing = reader.missing(path)
+    about: Found = {
+        "kind": "published weights",
+        "family": family,
+        "license": reader.LICENCE.name,
+        "license_url": reader.LICENCE.url,
+        "conditions": reader.LICENCE.conditions,
+        "complete": not missing,
+        "missing": missing,
+    }
+    if path.is_dir() and not missing:  # an archive would be unpacked for this
+        published = reader.read(path)
+        sizes = sizes_of(published.files, path)
+        about |= {
+            "name": published.name,
+            "description": published.description,
+            "parts": list(published.parts),
+            "notes": list(published.notes),
+            "bytes": sum(sizes.values()),
+            "files": dict(sizes),
+        }
+    return {**about, "use": f"genpipe import {path} FOLDER"}
+
+
+def _clip(path: Path) -> Found | None:
+    """A published CLIP: open_clip's or Hugging Face's folder."""
+    about: Found = {"kind": "published CLIP", "complete": True, "missing": [], "use": f"genpipe rerank --clip {path}"}
+    if (path / "open_clip_config.json").is_file():
+        return {**about, "format": "open_clip"}
+    names = _json(path / "config.json").get("architectures") or [""]
+    if isinstance(names, list) and str(names[0]).startswith("CLIP"):
+        return {**about, "format": str(names[0])[:60]}
+    return None
+
+
+def _part(path: Path) -> Found | None:
+    name = _json(path / "config.json").get("_class_name")
+    parts = [part for part, paths in PART_CLASSES.items() if name in {each.rpartition(".")[2] for each in paths}]
+    if not parts:
+        return None
+    from genpipe.weight_files import weight_table
+
+    missing = []
+    try:
+        weight_table(path)  # the headers of its files
+    except InputError as error:
+        missing.append(str(error))
+    return {
+        "kind": "part",
+        "part": parts[0],
+        **describe_part(path, str(name)),
+        "complete": not missing,
+        "missing": missing,
+        "use": f"genpipe assemble FAMILY --{parts[0]} {path}",
+    }
+
+
+def _training_run(path: Path) -> Found | None:
+    recipe = _json(path / RECIPE_NAME)
+    if not {"stage", "run"} <= recipe.keys():
+        return None
+    checkpoints = sorted(found.name for found in path.glob("checkpoints/step-*") if found.is_dir())
+    parts = [found.name for found in sorted(path.iterdir()) if (found / "config.json").is_file()]
+    steps = recipe["run"].get("steps") if isinstance(recipe["run"], dict) else None
+    done = int(checkpoints[-1].removeprefix("step-")) if checkpoints else 0
+    return {
+        "kind": "training run",
+        "recipe": str(recipe.get("name", ""))[:60],
+        "stage": str(recipe["stage"])[:60],
+        "steps_done": done,
+        "steps": steps,
+        "parts": parts,
+        "complete": bool(parts) and done == steps,
+        "missing": [] if parts else ["the trained part"],
+        "use": "genpipe assemble FAMILY" if parts else f"genpipe train {str(recipe.get('name', ''))[:60]} --out {path}",
+    }
+
+
+def _json(path: Path) -> Found:
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            return {}
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
