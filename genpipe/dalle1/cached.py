@@ -46,13 +46,25 @@ class KeyValueCache:
         return copy
 
 
+class SeparateQKV(nn.Module):
+    """Queries, keys and values by three layers in place of one: weights that were published so stay as they lie."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, W) -> (B, T, 3 W), as a layer of three times the width has it."""
+        return torch.cat([self.query(x), self.key(x), self.value(x)], dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; with a cache it appends its keys and values and looks at all that is there."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, separate_qkv: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = SeparateQKV(width) if separate_qkv else nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
@@ -70,10 +82,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, width: int, num_heads: int, dropout: float, separate_qkv: bool = False) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(width)
-        self.attention = Attention(width, num_heads)
+        self.attention = Attention(width, num_heads, separate_qkv)
         self.norm_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)

@@ -55,7 +55,7 @@ class MinDALLETransformer(CachedTransformer, ModelMixin, ConfigMixin):
         self.text_position = nn.Embedding(text_length, width)
         self.image_embedding = nn.Embedding(num_image_tokens, width)
         self.image_position = nn.Embedding(grid_size**2, width)
-        self.blocks = nn.ModuleList(Block(width, num_heads, dropout) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(width, num_heads, dropout, separate_qkv=True) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, vocab_size, bias=False)
         self.image_head = nn.Linear(width, num_image_tokens, bias=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,12 +91,9 @@ def read(source: Path, dtype: torch.dtype | None = None, clip: Path | None = Non
         unpacked, folder = _unpacked(source, archive_md5)
     settings = settings_in(folder / CONFIG)
 
-    def part(build: Any, *arguments: Any, kept: Any = unpacked) -> Any:  # `kept`: the folder lives as long as the part
-        return lambda: build(*arguments)
-
-    parts = {
-        "dvae": part(load_vqgan, folder / STAGE_1, settings.vqgan, dtype),
-        "transformer": part(load_transformer, folder, settings.transformer, dtype),
+    parts: dict[str, Any] = {
+        "dvae": partial(_keeping, unpacked, load_vqgan, folder / STAGE_1, settings.vqgan, dtype),
+        "transformer": partial(_keeping, unpacked, load_transformer, folder, settings.transformer, dtype),
     }
     if clip is not None:
         from genpipe.published.clip import read_clip
@@ -117,6 +114,11 @@ def read(source: Path, dtype: torch.dtype | None = None, clip: Path | None = Non
             "It was not trained on empty captions, so guidance scales other than 1 are out of its reach.",
         ],
     )
+
+
+def _keeping(unpacked: object, load: Callable[..., Any], *arguments: Any) -> Any:
+    """`load(*arguments)`; the folder of an unpacked archive is there as long as this may be called."""
+    return load(*arguments)
 
 
 def _unpacked(archive: Path, md5: str) -> tuple[tempfile.TemporaryDirectory[str], Path]:
@@ -275,29 +277,35 @@ _OUTSIDE_BLOCKS = {
     "head_txt": "text_head",
     "head_img": "image_head",
 }
-_INSIDE_BLOCKS = {"ln1": "norm_1", "ln2": "norm_2", "attn.proj": "attention.out", "mlp.0": "mlp.0", "mlp.2": "mlp.2"}
+_INSIDE_BLOCKS = {
+    "ln1": "norm_1",
+    "ln2": "norm_2",
+    "attn.query": "attention.qkv.query",
+    "attn.key": "attention.qkv.key",
+    "attn.value": "attention.qkv.value",
+    "attn.proj": "attention.out",
+    "mlp.0": "mlp.0",
+    "mlp.2": "mlp.2",
+}
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def transformer_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Published tensors of stage 2 -> those of MinDALLETransformer; names that are not known stay as they are.
+    """Published tensors of stage 2 -> those of MinDALLETransformer: other names for the same tensors.
 
-    Query, key and value, three layers there, are stacked in this order: the only tensors that are copied.
+    Names that are not known stay as they are.
     """
-    import torch
-
     ours: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        stem, _, kind = name.rpartition(".")
-        found = _BLOCK.fullmatch(stem)
-        if found is None:
-            renamed = f"{_OUTSIDE_BLOCKS.get(stem, stem)}.{kind}"
-        else:
-            renamed = f"blocks.{found[1]}.{_INSIDE_BLOCKS.get(found[2], found[2])}.{kind}"
+        renamed = transformer_name(name)
         ours[renamed if renamed not in ours else f"{name} (twice)"] = tensor
-    for query in [name for name in ours if ".attn.query." in name]:
-        three = [query.replace("query", role) for role in ("query", "key", "value")]
-        if all(name in ours and ours[name].shape == ours[query].shape for name in three):
-            fused = query.replace("attn.query", "attention.qkv")
-            ours[fused if fused not in ours else f"{query} (twice)"] = torch.cat([ours.pop(name) for name in three])
     return ours
+
+
+def transformer_name(name: str) -> str:
+    """blocks.3.attn.proj.bias -> blocks.3.attention.out.bias"""
+    stem, _, kind = name.rpartition(".")
+    found = _BLOCK.fullmatch(stem)
+    if found is None:
+        return f"{_OUTSIDE_BLOCKS.get(stem, stem)}.{kind}"
+    return f"blocks.{found[1]}.{_INSIDE_BLOCKS.get(found[2], found[2])}.{kind}"
