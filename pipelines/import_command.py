@@ -8,7 +8,7 @@ import typer
 
 from genpipe.errors import InputError
 from pipelines.options import JsonOption
-from pipelines.terminal import moving, progress_bar, show
+from pipelines.terminal import INTERRUPTED, moving, progress_bar, say, show
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -52,11 +52,15 @@ def import_weights(
     check_target(out, replace)
     from pipelines.importing import clip_path, import_family, located
 
-    with progress_bar("fetching") as bar:
-        path = located(source, moving(bar))
-        own_clip = None if clip is None else clip_path(clip, moving(bar))
-    with progress_bar("converting") as bar:
-        done: dict[str, Any] = import_family(path, out, own_clip, dtype, replace, moving(bar))
+    try:
+        with progress_bar("fetching") as bar:
+            path = located(source, moving(bar))
+            own_clip = None if clip is None else clip_path(clip, moving(bar))
+        with progress_bar("converting") as bar:
+            done: dict[str, Any] = import_family(path, out, own_clip, dtype, replace, moving(bar))
+    except KeyboardInterrupt as stop:
+        say("interrupted", "no family was written; what was downloaded is kept, and the next try goes on from there")
+        raise typer.Exit(INTERRUPTED) from stop
     if as_json:
         show(json.dumps(done, indent=2))
         return
