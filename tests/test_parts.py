@@ -223,6 +223,17 @@ def test_missing_weights(folder):
     assert f"{WEIGHTS} is missing" in refusal(folder)
 
 
+@pytest.mark.parametrize("length", [0x180, 0x4B50])
+def test_a_header_as_long_as_a_pickle_or_a_zip_begins_is_read(folder, length):
+    """The lowest bytes of its length are 0x80 or "PK"; spaces may follow the JSON."""
+    content = (folder / WEIGHTS).read_bytes()
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}  # out of the file itself
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", length) + content[8:end].ljust(length) + content[end:])
+    loaded = load_part(Tiny, folder).state_dict()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt", "last.ckpt", "x.pth", "x.pkl"])
 def test_pickled_weights_are_never_read(folder, tmp_path, name):
     class Touch:

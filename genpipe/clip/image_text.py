@@ -206,7 +206,8 @@ def build_head(kind: str, clip: CLIP, names: Sequence[str], **settings: Any) -> 
     if kind == "sum" and not settings.get("linear", False):
         return build_sum_classifier(clip, names)
     if kind == "sum":
-        return SumClassifier(**given, embedding_dim=clip.embedding_dim, logit_scale=float(clip.clipped_logit_scale()))
+        scale = float(clip.clipped_logit_scale().detach())
+        return SumClassifier(**given, embedding_dim=clip.embedding_dim, logit_scale=scale)
     if kind == "mlp":
         return MLPClassifier(**given, embedding_dim=clip.embedding_dim)
     with torch.no_grad():

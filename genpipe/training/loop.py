@@ -232,7 +232,7 @@ class Trainer:
         losses: list[torch.Tensor] = []
         figures: dict[str, torch.Tensor] = {}
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe.optimizer, self.state.step, run.steps)
+            group["lr"] = group["rate"] * learning_rate(self.recipe.optimizer, self.state.step, run.steps)
         to_come = self.stage.losses(self.model, self._micro_batches(), self.state.step)
         for _ in range(run.accumulate):
             with accelerator.accumulate(self.model):
