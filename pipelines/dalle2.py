@@ -57,7 +57,8 @@ class DALLE2Pipeline(FamilyPipeline):
             not among them are warned about. None: no warning.
 
     Pictures are ranked before they are upsampled where CLIP sees no more pixels than the decoder draws, so that only
-    those that are kept need to be upsampled; otherwise all are upsampled first.
+    those that are kept need to be upsampled; otherwise all are upsampled first, and so they are where nothing is
+    ranked, since all are kept.
 
     Raises InputError where the parts do not fit one another.
     """
@@ -198,8 +199,10 @@ class DALLE2Pipeline(FamilyPipeline):
 
     def upsamples_first(self, sampling: DALLE2Sampling) -> bool:
         """Whether pictures are upsampled before they are ranked: see the class."""
-        if not sampling.upsample or self.clip is None or not self.ranks:
+        if not sampling.upsample:
             return False
+        if self.clip is None or not self.ranks:
+            return True
         return self.decoder.resolution_of_pixels < max(self.clip.image_size)
 
     def encode_prompts(

@@ -157,8 +157,15 @@ def test_variations_are_drawn_as_diffusers_draws_them(folder: Path, variations: 
     torch.testing.assert_close(large, their_large, rtol=0, atol=1e-4)
 
 
-def test_without_an_image_tower_pictures_come_in_order(folder: Path) -> None:
+@torch.no_grad()
+def test_without_an_image_tower_the_same_pictures_come_in_order(folder: Path) -> None:
     pipeline = pipeline_of(folder)
-    output = pipeline(PROMPT, num_candidates=4, keep=2, sampling=DALLE2Sampling(**{**karlo.SAMPLING, **STEPS}))
-    assert output.seeds == [[0, 1]] and output.scores == [[None, None]]
-    assert [image.size for image in output.images[0]] == [(32, 32)] * 2
+    sampling = pipeline.resolve_sampling(STEPS)
+    output = pipeline(PROMPT, num_candidates=4, keep=3, seed=SEEDS[0], sampling=sampling)
+    assert output.seeds == [SEEDS] and output.scores == [[None] * 3]
+    null, text = encoded(pipeline, ""), encoded(pipeline, PROMPT)
+    small = reference_decoder(folder, reference_prior(folder, null, text), null, text)
+    for ours, theirs in zip(
+        output.images[0], to_pil(reference_super_resolution(folder, small) * 0.5 + 0.5), strict=True
+    ):
+        assert ours.size == (32, 32) and np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
