@@ -30,6 +30,7 @@ from genpipe.errors import InputError
 from genpipe.evaluation.image_text import PairTable, classify_pairs, inverse_frequencies, label_figures, tabulate
 from genpipe.images import make_grid, to_pil
 from genpipe.parts import load_part
+from genpipe.published.clip import read_clip
 from genpipe.tokenizer import TokenBatch
 from genpipe.training.config import Recipe
 from genpipe.training.data import Batch
@@ -250,16 +251,16 @@ def _check(recipe: Recipe) -> None:
 
 
 def load_starting_clip(name: str, init: str) -> CLIP:
-    """The CLIP of an earlier head's folder `init`, if it has its own; else a CLIP's or a family's folder, a shipped
-    family by name, or an open_clip model with its weights as in ViT-B-32:openai.
+    """The CLIP of an earlier head's folder `init`, if it has its own; else a family's folder or a shipped one's name, a
+    folder or file of a CLIP, published ones too, or an open_clip model with its weights as in ViT-B-32:openai.
     """
     if init and has_own_clip(init):
         return load_part(CLIP, Path(init) / CLIP_FOLDER)
     shipped = Path(genpipe.__file__).parent / "families" / name
-    for folder in (Path(name), shipped):
-        if name and folder.is_dir():
-            inside = folder / CLIP_FOLDER
-            return load_part(CLIP, inside if inside.is_dir() else folder)
+    for place in (Path(name), shipped):
+        if name and place.exists():
+            inside = place / CLIP_FOLDER
+            return load_part(CLIP, inside) if inside.is_dir() else read_clip(place, torch.float32)
     model, separator, weights = name.partition(":")
     if not separator:
         raise InputError(
