@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import openai_modules
 import pytest
 import torch
 from openai_modules import CODES, CONFIG, Decoder, Encoder, randomised, registered
+from tiny_recipes import tiny_recipe
 from torch import Tensor, nn
 
 from genpipe.dalle1.dvae import DVAE
@@ -18,6 +20,9 @@ from genpipe.errors import InputError
 from genpipe.parts import load_part, save_part
 from genpipe.published import openai_dvae, registry
 from genpipe.published.fitting import assign, on_meta
+from genpipe.training.stages import DALLE1Stage
+from pipelines.family import describe_family
+from pipelines.importing import import_family
 
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")  # of the classes made here
 MANIFEST = json.loads(gzip.decompress((Path(__file__).parent / "manifests/openai_dvae.json.gz").read_bytes()))
@@ -107,6 +112,20 @@ def test_the_files_are_a_family_of_one_part(tmp_path: Path) -> None:
     assert list(published.parts) == ["dvae"] and published.licence.url.startswith("https://")
     model = published.parts["dvae"]()
     assert sum(parameter.numel() for parameter in model.parameters()) == 97_616_007
+
+
+def test_once_imported_a_transformer_trains_on_its_codes(
+    tmp_path: Path, modules: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_dvae, "CONFIG", CONFIG)  # of these small files
+    done = import_family(str(write(tmp_path / "files", *modules)), tmp_path / "mine")
+    assert done["parts"] == ["dvae"] and describe_family(tmp_path / "mine").pipelines == []
+    stage = DALLE1Stage(tiny_recipe("dalle1", tmp_path / "mine" / "dvae"), None)
+    batch = stage.collate(np.zeros((2, 3, 16, 16), dtype=np.uint8), ["a cat", "a hat"], np.random.default_rng(0))
+    loss, _ = stage.loss(stage.model, batch, 0, torch.Generator())
+    loss.backward()
+    assert stage.model.config.num_image_tokens == CODES and stage.model.config.grid_size == 2
+    assert stage.model.image_head.weight.grad.abs().sum() > 0
 
 
 def test_other_folders_are_not_taken(tmp_path: Path) -> None:

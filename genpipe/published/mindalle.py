@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,25 +76,27 @@ def missing(source: Path) -> list[str]:
 def read(source: Path, dtype: torch.dtype | None = None, clip: Path | None = None, archive_md5: str = MD5) -> Published:
     """The archive or its unpacked folder as parts. `clip`: ranks what is drawn; there is none among the files.
 
-    An archive, which must have the checksum `archive_md5`, is unpacked beside itself for as long as the parts are in
-    use; the folder is removed with them.
+    An archive, which must have the checksum `archive_md5`, is unpacked beside itself when the first part is built; what
+    is unpacked is removed when the parts are no longer in use.
     """
-    folder = source if source.is_dir() else None
-    if folder is not None:
-        files = [folder / name for name in FILES]
-        absent = missing(folder)
+    opened: _Folder | _Archive
+    if source.is_dir():
+        absent = missing(source)
         if absent:
-            raise InputError(f"{folder} is not complete: {', '.join(absent)} missing; unpack the archive again.")
-        unpacked = None
+            raise InputError(f"{source} is not complete: {', '.join(absent)} missing; unpack the archive again.")
+        opened, files = _Folder(source), [source / name for name in FILES]
+        resolution = settings_in(source / CONFIG).vqgan["resolution"]
     else:
-        files = [source]
-        unpacked, folder = _unpacked(source, archive_md5)
-    settings = settings_in(folder / CONFIG)
+        opened, files = _Archive(source, archive_md5), [source]
+        resolution = DEFAULTS["dataset"]["image_resolution"]
 
-    parts: dict[str, Any] = {
-        "dvae": partial(_keeping, unpacked, load_vqgan, folder / STAGE_1, settings.vqgan, dtype),
-        "transformer": partial(_keeping, unpacked, load_transformer, folder, settings.transformer, dtype),
-    }
+    def dvae() -> VQGAN:
+        return load_vqgan(opened.folder / STAGE_1, settings_in(opened.folder / CONFIG).vqgan, dtype)
+
+    def transformer() -> MinDALLETransformer:
+        return load_transformer(opened.folder, settings_in(opened.folder / CONFIG).transformer, dtype)
+
+    parts: dict[str, Callable[[], Any]] = {"dvae": dvae, "transformer": transformer}
     if clip is not None:
         from genpipe.published.clip import read_clip
 
@@ -108,7 +110,7 @@ def read(source: Path, dtype: torch.dtype | None = None, clip: Path | None = Non
         parts=parts,
         defaults={"dalle1": {"temperature": 1.0, "top_k": 256, "guidance_scale": 1.0}},
         files=files,
-        resolution=settings.vqgan["resolution"],
+        resolution=resolution,
         notes=[
             "It has no CLIP: pictures come unranked unless one is given.",
             "It was not trained on empty captions, so guidance scales other than 1 are out of its reach.",
@@ -116,28 +118,40 @@ def read(source: Path, dtype: torch.dtype | None = None, clip: Path | None = Non
     )
 
 
-def _keeping(unpacked: object, load: Callable[..., Any], *arguments: Any) -> Any:
-    """`load(*arguments)`; the folder of an unpacked archive is there as long as this may be called."""
-    return load(*arguments)
+@dataclass(frozen=True)
+class _Folder:
+    folder: Path
 
 
-def _unpacked(archive: Path, md5: str) -> tuple[tempfile.TemporaryDirectory[str], Path]:
-    """A folder beside the archive with its files; removed with the returned object. Raises InputError."""
-    from genpipe.published.containers import checksum, open_tar
+class _Archive:
+    """The folder in an archive, there from its first use until this object goes."""
 
-    try:
-        checksum(archive, "md5", md5)
-    except InputError as error:
-        raise InputError(f"{str(error).rstrip('.')}, or unpack it yourself and give the folder.") from error
-    try:
-        outer = tempfile.TemporaryDirectory(prefix=".minDALL-E-", dir=archive.parent, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise InputError(
-            f"{archive} cannot be unpacked beside itself ({error.strerror}); unpack it and give the folder."
-        ) from error
-    folder = Path(outer.name) / "1.3B"
-    open_tar(archive, FILES, folder)
-    return outer, folder
+    def __init__(self, path: Path, md5: str) -> None:
+        self.path, self.md5 = path, md5
+
+    @cached_property
+    def folder(self) -> Path:
+        """Raises InputError for a wrong checksum and whatever open_tar refuses; nothing is left behind then."""
+        from genpipe.published.containers import checksum, open_tar
+
+        try:
+            checksum(self.path, "md5", self.md5)
+        except InputError as error:
+            raise InputError(f"{str(error).rstrip('.')}, or unpack it yourself and give the folder.") from error
+        try:
+            place = self.path.parent
+            outer = tempfile.TemporaryDirectory(prefix=".minDALL-E-", dir=place, ignore_cleanup_errors=True)
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be unpacked beside itself ({error.strerror}); unpack it and give the folder."
+            ) from error
+        try:
+            open_tar(self.path, FILES, Path(outer.name) / "1.3B")
+        except InputError:
+            outer.cleanup()
+            raise
+        self._unpacked = outer  # removes itself when nothing refers to it any more
+        return Path(outer.name) / "1.3B"
 
 
 @dataclass(frozen=True)
