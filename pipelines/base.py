@@ -14,10 +14,14 @@ from pipelines.encoding import has_tower
 class FamilyPipeline(DiffusionPipeline):
     """Parts of one family. `clip` may be None or lack its image tower: then pictures come back in order, unranked.
 
-    Parts can be kept off the accelerator while they are idle: `enable_model_cpu_offload`, see diffusers.
+    Parts can be kept off the accelerator while they are idle, see diffusers: all of them by `enable_model_cpu_offload`,
+    decoder and upsampler layer by layer, while the others stay on it, by `enable_sequential_cpu_offload`.
     """
 
     clip: CLIP | None
+
+    # Layer by layer only what draws is streamed, and stays off: the others use weights of layers that they do not call.
+    _exclude_from_cpu_offload = ["clip", "prior", "dvae", "transformer", "guide"]
 
     def register_family(self, defaults: Mapping[str, Any] | None, family: str, words: Sequence[str] | None) -> None:
         """Keep in the config what the family says: settings by name, its name, the words that it was trained on."""
@@ -32,8 +36,16 @@ class FamilyPipeline(DiffusionPipeline):
 
     @property
     def computes_on(self) -> torch.device:
-        """The device of the computation, which is not always where the weights lie."""
-        return self._execution_device
+        """The device of the computation, which is not where the weights of idle parts lie.
+
+        diffusers' own answer leaves out the parts that layer by layer offload excludes.
+        """
+        parts = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        for module in (module for part in parts for module in part.modules()):
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return self.device
 
     def warn(self, prompts: Sequence[str]) -> None:
         """Say what will keep the pictures from showing what was asked for: untrained parts, words never seen."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import nn
 
@@ -184,12 +185,14 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
         """Texts -> ids and mask (B, L) with this CLIP's own tokenizer; that a text is too long is said once."""
         return self.tokenizer(texts, self.context_length)
 
+    @apply_forward_hook
     def encode_text(self, texts: str | Sequence[str] | TokenBatch) -> TextEncoding:
         """Texts, or ids made by `tokenize`, -> TextEncoding on the model's device."""
         batch = texts if isinstance(texts, TokenBatch) else self.tokenize(texts)
         embedding, states = self._text(batch.ids)
         return TextEncoding(embedding, states, batch.mask.to(self.device))
 
+    @apply_forward_hook
     def encode_image(self, pixels: torch.Tensor) -> ImageEncoding:
         """Pixels (B, 3, H, W) in [0, 1], any size -> ImageEncoding; differentiable in the pixels."""
         self.check_range(pixels)
@@ -203,6 +206,7 @@ class CLIP(OwnsTokenizer, ModelMixin, ConfigMixin):
         states = rearrange(outputs["image_intermediates"][-1], "b w rows columns -> b (rows columns) w")
         return ImageEncoding(outputs["image_features"], states)
 
+    @apply_forward_hook
     def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> embedding (B, D), not normalised: encode_image without the states."""
         x = self._normalized_pixels(pixels)

@@ -121,7 +121,7 @@ def _scored(
         done: list[torch.Tensor] = []
         for embedding in map(torch.Tensor.float, chunks.run(clip.embed_image, fitted)):
             norm = _finite(embedding, "the image embedding").norm(dim=-1)
-            similarity = embedding @ text_embedding / norm.clamp(min=1e-12)  # n
+            similarity = embedding @ text_embedding.to(embedding) / norm.clamp(min=1e-12)  # n
             done.append(_finite(similarity, "the scores").cpu())
         yield start, torch.cat(done), originals
         start += len(fitted)
@@ -148,8 +148,8 @@ def _chunks(
 
 
 def _text_direction(clip: CLIP, text: str | torch.Tensor) -> torch.Tensor:
-    """Caption or embedding -> unit vector (D,) in float32 on CLIP's device."""
-    embedding = clip.encode_text([text]).embedding if isinstance(text, str) else text.to(clip.device)
+    """Caption or embedding -> unit vector (D,) in float32."""
+    embedding = clip.encode_text([text]).embedding if isinstance(text, str) else text
     if embedding.numel() != clip.embedding_dim or embedding.ndim > 2:
         raise InputError(
             f"the text must be one caption or one embedding of {clip.embedding_dim} numbers, not of shape "
