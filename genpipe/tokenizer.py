@@ -13,13 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from genpipe.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 MAX_VOCAB_SIZE = 4096
@@ -41,7 +44,41 @@ class TokenBatch:
         return TokenBatch(self.ids.to(device), self.mask.to(device))
 
 
-class CaptionTokenizer:
+class SavedAsJson:
+    """A tokenizer that is saved as tokenizer.json beside the weights of the part that eats its ids.
+
+    Classes give `to_json` and its inverse `from_json`, which raises InputError for a text that is none of theirs.
+    """
+
+    def to_json(self) -> str:
+        """Everything needed to build the tokenizer again."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of to_json."""
+        raise NotImplementedError
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json into an existing folder."""
+        (Path(folder) / FILE_NAME).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read tokenizer.json from a folder. Raises InputError naming the file if it is missing or damaged."""
+        path = Path(folder) / FILE_NAME
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}), the part's folder is incomplete.") from error
+        except ValueError as error:  # InputError, or bytes that are not UTF-8
+            raise InputError(f"{path} is damaged: {error}") from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self).from_json(self.to_json())
+
+
+class CaptionTokenizer(SavedAsJson):
     """Byte-level BPE for captions: lower-cased, any unicode encodes, control characters are dropped.
 
     Ids: 0 pads, then the bytes and the merged tokens, then start (V - 2) and end (V - 1). The end token has the largest
@@ -135,24 +172,6 @@ class CaptionTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"not a tokenizer in the format of the tokenizers library ({error}).") from error
         return cls(library)
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json into an existing folder."""
-        (Path(folder) / FILE_NAME).write_text(self.to_json(), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> CaptionTokenizer:
-        """Read tokenizer.json from a folder. Raises InputError naming the file if it is missing or damaged."""
-        path = Path(folder) / FILE_NAME
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}), the part's folder is incomplete.") from error
-        except ValueError as error:  # InputError, or bytes that are not UTF-8
-            raise InputError(f"{path} is damaged: {error}") from error
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CaptionTokenizer:
-        return type(self).from_json(self.to_json())
 
     def _encode_with_dropout(self, text: str, drops: _Drops) -> list[int]:
         """Ids of one text, some of the merges left out."""

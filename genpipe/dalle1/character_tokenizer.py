@@ -8,7 +8,6 @@ as ordinary words, so it has to be exactly this.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +17,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from genpipe.errors import InputError
-from genpipe.tokenizer import FILE_NAME, TokenBatch, checked_texts, encodable
+from genpipe.tokenizer import SavedAsJson, TokenBatch, checked_texts, encodable
 
 UNKNOWN, PAD, WORD_END = "[UNK]", "[PAD]", "</w>"
 MAX_FILE_BYTES = 64 * 2**20  # the published files have less than one
 
 
-class CharacterTokenizer:
+class CharacterTokenizer(SavedAsJson):
     """Texts -> ids (B, L), without start and end; of the same use as a CaptionTokenizer.
 
     Args:
@@ -115,21 +114,3 @@ class CharacterTokenizer:
             return cls(*read)
         except InputError as error:
             raise InputError(f"{vocabulary} and {merges.name} are damaged: {error}") from error
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json into an existing folder."""
-        (Path(folder) / FILE_NAME).write_text(self.to_json(), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> CharacterTokenizer:
-        """Read tokenizer.json from a folder. Raises InputError naming the file if it is missing or damaged."""
-        path = Path(folder) / FILE_NAME
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}), the part's folder is incomplete.") from error
-        except ValueError as error:  # InputError, or bytes that are not UTF-8
-            raise InputError(f"{path} is damaged: {error}") from error
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CharacterTokenizer:
-        return type(self).from_json(self.to_json())

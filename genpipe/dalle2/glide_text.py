@@ -6,12 +6,9 @@ Legend: B texts, L text positions, V vocabulary size, W width of the transformer
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from genpipe.errors import InputError
-from genpipe.tokenizer import FILE_NAME, TokenBatch, checked_texts, encodable, say_truncation
+from genpipe.tokenizer import SavedAsJson, TokenBatch, checked_texts, encodable, say_truncation
 
 END = "<|endoftext|>"
 
 
-class ByteBPE:
+class ByteBPE(SavedAsJson):
     """GPT-2's byte-level BPE as GLIDE uses it: lower case, no start token, padded with the end token (3.1).
 
     Ids: the 256 bytes, then a token for each merge in its order, then the end token (V - 1). The empty text is all
@@ -98,25 +95,15 @@ class ByteBPE:
         """Everything needed to build the tokenizer again, in the format of the `tokenizers` library."""
         return self._library.to_str(pretty=True)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json into an existing folder."""
-        (Path(folder) / FILE_NAME).write_text(self.to_json(), encoding="utf-8")
-
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> ByteBPE:
-        """Read tokenizer.json from a folder. Raises InputError naming the file if it is missing or damaged."""
-        path = Path(folder) / FILE_NAME
+    def from_json(cls, text: str) -> ByteBPE:
+        """The inverse of to_json. Raises InputError if `text` is not such a tokenizer."""
         try:
-            text = path.read_text(encoding="utf-8")
             json.loads(text)  # says where a damaged file is damaged
-            return cls(Tokenizer.from_str(text))
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}), the part's folder is incomplete.") from error
+            library = Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{path} is damaged: {error}") from error
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ByteBPE:
-        return type(self)(Tokenizer.from_str(self.to_json()))
+            raise InputError(f"not a tokenizer in the format of the tokenizers library ({error}).") from error
+        return cls(library)
 
 
 def _alphabet() -> list[str]:
