@@ -4,7 +4,6 @@ A reader is one module of this package, genpipe.published.<family>: see `Reader`
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +79,7 @@ class Reader(Protocol):
 def readers() -> Iterator[tuple[str, Reader]]:
     """Name of the family and reader, in the order in which they are asked."""
     for path in READERS:
-        if importlib.util.find_spec(path):
-            yield path.rpartition(".")[2], cast(Reader, importlib.import_module(path))
+        yield path.rpartition(".")[2], cast(Reader, importlib.import_module(path))
 
 
 def recognised(source: Path) -> tuple[str, Reader] | None:
