@@ -10,9 +10,11 @@ import torch
 from conftest import TINY_INFO, all_tiny_parts
 from PIL import Image
 
+import app
 from genpipe.clip.model import CLIP
 from genpipe.errors import InputError
 from genpipe.images import read_recipe
+from pipelines.background import Line
 from pipelines.cli import main
 from pipelines.family import Family, load_family, save_family
 
@@ -55,13 +57,15 @@ def test_the_first_candidates_come_in_order_and_are_the_same_pictures(
 ) -> None:
     pipeline = load_family(textual).pipeline(name)
     assert not pipeline.ranks and tiny_family.pipeline(name).ranks
-    drawn = []
+    drawn, small = [], pipeline.resolve_sampling({"upsample": False})
     with pytest.warns(UserWarning, match="no CLIP image tower") as caught:
-        output = pipeline([PROMPT, "two dogs"], 9, 3, seed=5, callback=lambda progress: drawn.append(progress.total))
+        output = pipeline(
+            [PROMPT, "two dogs"], 9, 3, 5, sampling=small, callback=lambda progress: drawn.append(progress.total)
+        )
     assert sum("Not ranked" in str(each.message) for each in caught) == 1
     assert output.seeds == [[5, 6, 7]] * 2 and output.scores == [[None] * 3] * 2
     assert set(drawn) == {6}  # no more than are kept
-    ranked = tiny_family.pipeline(name)(PROMPT, 3, 3, seed=5)
+    ranked = tiny_family.pipeline(name)(PROMPT, 3, 3, 5, sampling=small)
     expected = dict(zip(ranked.seeds[0], ranked.images[0], strict=True))
     assert all(
         expected[seed].tobytes() == image.tobytes() for seed, image in zip([5, 6, 7], output.images[0], strict=True)
@@ -128,3 +132,13 @@ def test_the_command_and_its_recipe_say_so_and_the_picture_is_drawn_again(
     assert recipe["score"] is None and recipe["call"] == {"first_seed": 0, "candidates": 2}
     code, out, _ = run("reproduce", "genpipe-out/0001-2.png", "--family", textual)
     assert code == 0 and "identical" in out
+
+
+def test_the_page_says_so(textual: Path) -> None:
+    page = app.Page(load_family(textual), Line())
+    shown: dict[Any, Any] = {}
+    for update in page.draw(PROMPT, "dalle2", 5, 2, 3):
+        shown.update(update)
+    gallery = shown[page.galleries["dalle2"]]
+    assert [caption for _, caption in gallery] == ["seed 3", "seed 4"]
+    assert shown[page.status].startswith("Done: not ranked, since these weights have no CLIP")
