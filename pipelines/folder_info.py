@@ -24,7 +24,7 @@ def describe_folder(path: Path) -> Found:
 
     Raises InputError for what is nothing that genpipe knows, and with the reason for weights that it does not read.
     """
-    looks: tuple[Callable[[Path], Found | None], ...] = (_training_run, _part, _published, _clip)
+    looks: tuple[Callable[[Path], Found | None], ...] = (_training_run, _part, _published)
     for look in looks:
         found = look(path)
         if found is not None:
@@ -66,17 +66,6 @@ def _published(path: Path) -> Found | None:
             "files": dict(sizes),
         }
     return {**about, "use": f"genpipe import {path} FOLDER"}
-
-
-def _clip(path: Path) -> Found | None:
-    """A published CLIP: open_clip's or Hugging Face's folder."""
-    about: Found = {"kind": "published CLIP", "complete": True, "missing": [], "use": f"genpipe rerank --clip {path}"}
-    if (path / "open_clip_config.json").is_file():
-        return {**about, "format": "open_clip"}
-    names = _json(path / "config.json").get("architectures") or [""]
-    if isinstance(names, list) and str(names[0]).startswith("CLIP"):
-        return {**about, "format": str(names[0])[:60]}
-    return None
 
 
 def _part(path: Path) -> Found | None:

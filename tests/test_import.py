@@ -302,7 +302,8 @@ def test_info_knows_runs_and_clips_and_refuses_the_rest(run: Run, variations: Pa
     found = describe_folder(folder)
     assert (found["kind"], found["steps_done"], found["steps"], found["complete"]) == ("training run", 40, 50, False)
     assert found["parts"] == ["decoder"] and "no: it has not ended" in run("info", folder)[1]
-    assert describe_folder(variations / "image_encoder")["kind"] == "published CLIP"
+    clip = describe_folder(variations / "image_encoder")
+    assert (clip["kind"], clip["family"], clip["parts"]) == ("published weights", "clip_family", ["clip"])
     code, out, err = run("info", tmp_path)
     assert code == 2 and out == "" and "no family, no published weights that genpipe knows, no part" in err
 

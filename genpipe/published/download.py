@@ -60,10 +60,10 @@ _MERGES = File(
 _KARLO = "kakaobrain/karlo-v1-alpha"
 _KANDINSKY = {name: f"kandinsky-community/kandinsky-2-2-{name}" for name in ("prior", "decoder")}
 KNOWN: Mapping[str, Download] = {
-    _KARLO: Download(14.4, {"": _KARLO}),
+    _KARLO: Download(13.7, {"": _KARLO}),
     # The one folder of which the main revision had pickles alone; they are read by their tensors, never run.
     f"{_KARLO}-image-variations": Download(
-        11.6, {"": f"{_KARLO}-image-variations"}, (*NO_PICKLES, "*/diffusion_pytorch_model.bin", "*/pytorch_model.bin")
+        10.9, {"": f"{_KARLO}-image-variations"}, (*NO_PICKLES, "*/diffusion_pytorch_model.bin", "*/pytorch_model.bin")
     ),
     _KANDINSKY["decoder"]: Download(15.9, _KANDINSKY),
     "minDALL-E": Download(
