@@ -16,7 +16,7 @@ from pipelines.family_info import FamilyInfo
 LIBRARIES = ("torch", "diffusers", "open_clip_torch", "accelerate", "tokenizers", "safetensors", "gradio")
 SHOWN = ("license", "license_url", "conditions", "description", "resolution", "trained_on")
 FOUND = (
-    "description", "license", "license_url", "conditions", "format", "recipe", "stage", "part", "class", "parameters",
+    "description", "license", "license_url", "conditions", "recipe", "stage", "part", "class", "parameters",
     "steps_done", "steps", "parts", "notes", "use",
 )  # fmt: skip
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
@@ -116,7 +116,7 @@ def as_text(report: dict[str, Any]) -> str:
     lines = [f"genpipe {report['genpipe']}"]
     for family in report["families"]:
         lines += ["", f"family {family['name']}  ({family['bytes'] / 1e6:.1f} MB, {family['folder']})"]
-        lines += [f"  {key:<12} {' '.join(str(family[key]).split())}" for key in SHOWN if key in family]
+        lines += [f"  {key:<12} {' '.join(str(family[key]).split())}" for key in SHOWN if family.get(key)]
         if family["words"] is not None:
             lines.append(f"  {'words':<12} {family['words']}")
         for pipeline, value in family["hashes"].items():

@@ -22,6 +22,7 @@ READERS = (
     "genpipe.published.glide",
     "genpipe.published.mindalle",
     "genpipe.published.openai_dvae",
+    "genpipe.published.clip_family",
 )
 
 
