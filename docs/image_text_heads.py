@@ -161,6 +161,8 @@ def train(
         if not tune:  # what the stage would compute itself
             trainer.stage.table, trainer.stage.held_table = task.tables[:2]
         result = trainer.run()
+    if result.interrupted:  # half a run is no figure
+        raise KeyboardInterrupt
     classifier = load_image_text_classifier(result.part, None if tune else clip)
     logits = classify_pairs(classifier, task.test)[0] if tune else of_table(classifier, task.tables[2])
     return {**accuracies(logits, task), "step": result.step}

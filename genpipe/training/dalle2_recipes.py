@@ -10,9 +10,9 @@ def decoder() -> Recipe:
     1,800, 0.094 at 2,700, 0.091 at 3,600. The shipped weights came from one run whose settings changed on the way,
     while what layout needs was being found: 1,236 steps with min-SNR weights (gamma 5), which all but ignore the noisy
     steps that decide where things go; then none, with timestep_shift 2 from step 1,735; text_dropout 0.2 and
-    timestep_shift 6 from 2,440, 0.1 and 4 from 2,845 to 4,080, with a learning rate raised once and falling to 0. With
-    the paper's 0.5, as here, half of the pictures teach nothing of the words that say left or above, which this
-    family's CLIP embeds alike.
+    timestep_shift 6 from 2,440, 0.1 and 4 from 2,845 to 4,080, with a learning rate raised once and falling to 0; then
+    1,800 more beside the CLIP that tells places apart. With the paper's 0.5, as here, half of the pictures teach
+    nothing of the words that say left or above.
     """
     return Recipe(
         name="decoder",

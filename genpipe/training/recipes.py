@@ -59,10 +59,8 @@ def clip() -> Recipe:
     One core: about 60 pictures/s, 90 minutes. Objects and colours come first (retrieval among 100 held-out captions
     above 0.8 within 80,000 pictures), then places within about 30,000 pictures of the curriculum, counts last. The
     shipped weights came from several runs in a row, while this order was being found: 923 steps of 128, then 2,689 of
-    64, the curriculum among the last 1,682. They reach 0.995 swapped, 0.92 recounted, 1.0 recoloured, 0.94 retrieval.
-
-    Your own pairs: data.source names a folder or shards, several with weights. On a small machine run.accumulate=N
-    gives the loss of a batch N times as large, its pairs compared with one another, in the memory of one.
+    64, the curriculum among the last 1,682; then, when turned twins were added, 837 and 900 of 128, the last with most
+    twins recounted. Of 1,000 held-out questions each, they answer 96 % about counts and 98 % about places.
     """
     return Recipe(
         name="clip",
@@ -120,7 +118,10 @@ def image_text() -> Recipe:
     """A label for a picture and a text together, from a few thousand labelled pairs: head over a frozen CLIP.
 
     objective.head: sum, mlp or transformer; objective.tune=true trains the CLIP with it. Name your pairs with --data.
-    One core, nano's CLIP: SECONDS.
+    One core, nano's CLIP, 4,000 pairs of emoji scenes: under a minute, mlp. Whether a text fits its picture or the
+    picture's twin: mlp 0.95, transformer (3,000 steps, ten minutes) 0.73; which parts of a text are true of its
+    picture: 0.96 and 0.77. See docs/image_text_heads.py. A transformer learns nothing for hundreds of steps: give it
+    patience=0.
     """
     return Recipe(
         name="image-text",
@@ -128,7 +129,7 @@ def image_text() -> Recipe:
         model={"linear": True, "width": 128, "num_layers": 2, "num_heads": 4, "dropout": 0.1},
         objective={
             "clip": "nano",
-            "head": "transformer",
+            "head": "mlp",
             "tune": False,
             "tower_rate": 0.3,
             "layer_decay": 0.8,
@@ -138,7 +139,7 @@ def image_text() -> Recipe:
             "cache_megabytes": 2000,
         },
         optimizer=OptimizerConfig(learning_rate=1e-3, beta_2=0.98, weight_decay=5e-2, warmup_steps=50),
-        run=RunConfig(steps=1000, batch_size=64, ema_decay=0.99, validate_every=50),
+        run=RunConfig(steps=2000, batch_size=32, ema_decay=0.99, validate_every=200),
     )
 
 
