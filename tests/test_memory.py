@@ -58,6 +58,7 @@ def sparse_part(folder: Path, **config: Any) -> int:
     return end
 
 
+@pytest.mark.slow  # touches gigabytes; the readers' tests do the same with one part each
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_gigabytes_load_in_the_memory_of_what_is_used(tmp_path: Path) -> None:
     shape = {"embedding_dim": 768, "text_width": 768, "text_length": 77}

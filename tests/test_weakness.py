@@ -201,7 +201,7 @@ def test_the_table_of_one_question() -> None:
         (["--count", 0], "at least 1, got 0"),
         (["--seed", -1], "at least 0, not -1"),
         (["--clip", "none such"], "There is no CLIP 'none such'"),
-        (["--clip", "empty"], "cannot be"),
+        (["--clip", "empty"], "holds no CLIP"),
         (["--clip", "ViT-B-32:none"], "no weights 'none'"),
     ],
 )
