@@ -18,7 +18,7 @@ from genpipe.training.checkpoint import (
     save_checkpoint,
 )
 from genpipe.training.config import OptimizerConfig
-from genpipe.training.optimizer import adamw
+from genpipe.training.optimizer import make_optimizer
 from genpipe.training.recipes import recipe
 from genpipe.training.run_folder import check_same_run, claim, fingerprint
 from genpipe.training.state import State
@@ -96,11 +96,11 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
     assert newest(tmp_path) == tmp_path / "step-00000001"
 
 
-def stepped(seed: int, steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def stepped(seed: int, steps: int, method: str = "adamw") -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Linear(4, 2))
+    model = torch.nn.Sequential(torch.nn.Embedding(6, 40), torch.nn.Linear(40, 32))
     model.register_parameter("frozen", torch.nn.Parameter(torch.ones(2), requires_grad=False))
-    optimizer = adamw(model, OptimizerConfig())
+    optimizer = make_optimizer(model, OptimizerConfig(method=method))
     for step in range(steps):
         more(model, optimizer, step)
     return model, optimizer
@@ -112,11 +112,13 @@ def more(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     optimizer.zero_grad()
 
 
-def test_the_optimiser_goes_on_where_it_was() -> None:
-    model, optimizer = stepped(0, 3)
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_the_optimiser_goes_on_where_it_was(method: str) -> None:
+    model, optimizer = stepped(0, 3, method)
     tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()}
-    assert {name.split(".")[2] for name in tensors} == {"step", "exp_avg", "exp_avg_sq"}
-    other, fresh = stepped(0, 0)
+    momentum = {"momentum"} if method == "muon" else set()
+    assert {name.split(".")[2] for name in tensors} == {"step", "exp_avg", "exp_avg_sq"} | momentum
+    other, fresh = stepped(0, 0, method)
     other.load_state_dict(model.state_dict())
     restore_optimizer(fresh, {**tensors, "model.w": torch.ones(1)})
     for step in range(3, 6):

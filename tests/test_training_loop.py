@@ -42,7 +42,8 @@ from genpipe.training.__main__ import run as run_command
 from genpipe.training.clip_stage import twin_loss
 from genpipe.training.config import OptimizerConfig, Recipe, apply_overrides
 from genpipe.training.loop import Trainer, batch_seed, resolve_precision
-from genpipe.training.optimizer import adamw, learning_rate, parameter_groups
+from genpipe.training.muon import orthogonal
+from genpipe.training.optimizer import learning_rate, make_optimizer, parameter_groups
 from genpipe.training.state import State
 
 PARTS = {"dvae": DVAE, "clip": CLIP, "transformer": DALLE1Transformer}
@@ -107,9 +108,42 @@ def test_weight_decay_spares_gains_biases_and_embeddings() -> None:
     assert others["weight_decay"] == 0.0
 
 
+def test_muon_steps_the_matrices_of_layers_and_adamw_the_rest() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 32, 2), torch.nn.Linear(32, 2), torch.nn.Embedding(40, 40))
+    kernel, narrow, table = model[0].weight, model[1].weight, model[2].weight
+    before = {p: p.detach().clone() for p in model.parameters()}
+    config = OptimizerConfig(method="muon", learning_rate=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(model, config)
+    assert [p is kernel for g in optimizer.param_groups if g["muon"] for p in g["params"]] == [True]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    kernel.grad = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    # Both terms of Nesterov's first step are shares of the gradient, whose length does not count; 0.2 sqrt(32) of RMS.
+    step = 0.1 * 0.2 * 32**0.5 * orthogonal(kernel.grad.reshape(32, 32)).view_as(kernel)
+    taken = before[kernel] * (1 - 0.1 * 0.5) - kernel.detach()
+    assert float((taken - step).norm() / step.norm()) < 0.05  # bfloat16 rounds them differently
+    assert torch.allclose(narrow, before[narrow] * (1 - 0.1 * 0.5) - 0.1)  # AdamW's first step is the learning rate
+    assert torch.allclose(table, before[table] - 0.1)
+
+
+def test_orthogonal_keeps_directions_and_levels_lengths() -> None:
+    u, _ = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(1)))
+    v, _ = torch.linalg.qr(torch.randn(64, 40, generator=torch.Generator().manual_seed(2)))
+    lengths = torch.linspace(0.05, 3, 40)
+    for matrix, exact in ((u * lengths @ v.T, u @ v.T), ((u * lengths @ v.T).T, (u @ v.T).T)):
+        levelled = orthogonal(matrix)
+        assert levelled.shape == matrix.shape and levelled.dtype == matrix.dtype
+        singular = torch.linalg.svdvals(levelled)
+        assert 0.6 < float(singular.min()) and float(singular.max()) < 1.3
+        cosine = torch.nn.functional.cosine_similarity(levelled.flatten(), exact.flatten(), dim=0)
+        assert float(cosine) > 0.97
+    assert not orthogonal(torch.zeros(3, 5)).any()
+
+
 def test_the_average_follows_its_formula() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
-    state = State(model, adamw(model, OptimizerConfig()), ema_decay=0.2)
+    state = State(model, make_optimizer(model, OptimizerConfig()), ema_decay=0.2)
     average = 0.0
     for t, weight in enumerate([1.0, 5.0, -3.0, 2.0, 7.0]):
         model.weight.data.fill_(weight)

@@ -53,12 +53,14 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with warm-up and decay.
+    """AdamW, alone or beside Muon, with warm-up and decay.
 
+    method: "adamw", or "muon" for the matrices and kernels of layers, AdamW for the rest, at the same learning rate.
     learning_rate: at the peak; warmup_steps: linear from 0; decay: "cosine" or "linear" to final_fraction of the peak
     at the last step, or "constant". clip_norm: largest gradient norm. weight_decay spares gains, biases and embeddings.
     """
 
+    method: str = "adamw"
     learning_rate: float = 1e-3
     beta_1: float = 0.9
     beta_2: float = 0.99
@@ -205,6 +207,7 @@ _FROM_0_BELOW_1 = (
 )  # fmt: skip
 _CHOICES = {
     "run.precision": ("auto", "bf16", "no"),
+    "optimizer.method": ("adamw", "muon"),
     "optimizer.decay": ("cosine", "linear", "constant"),
     "data.crop": ("centre", "stage_1", "stage_2"),
     "data.split": ("train", "heldout", "all"),

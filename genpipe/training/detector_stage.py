@@ -109,8 +109,11 @@ def exact_share(model: SceneDetector, scenes: EmojiScenes, count: int, first: in
 def strewn(scenes: EmojiScenes, generator: np.random.Generator, scrambled: float) -> tuple[np.ndarray, list[Placement]]:
     """A picture uint8 (S, S, 3) of up to six objects anywhere, and what is in it.
 
-    scrambled: share of objects whose pieces are exchanged or that are blurred away, so that they are none any more.
+    scrambled: share of objects whose pieces are exchanged or that are blurred away, so that they are none any more;
+    half as many pictures are noise of any grain.
     """
+    if generator.random() < scrambled / 2:
+        return noise(scenes.size, generator), []
     count = int(generator.integers(_MOST + 1))
     low, high = _SIZES[count <= 1]
     placements: list[Placement] = []
@@ -135,6 +138,16 @@ def strewn(scenes: EmojiScenes, generator: np.random.Generator, scrambled: float
         else:
             there.append(placement)
     return pixels, there
+
+
+def noise(side: int, generator: np.random.Generator) -> np.ndarray:
+    """A picture uint8 (side, side, 3) of random colours in patches of any one size, from single pixels to halves."""
+    grain = round(float(np.exp(generator.uniform(np.log(2), np.log(side)))))
+    colours = generator.integers(256, size=(grain, grain, 3)).astype(np.float32)
+    middle, contrast = generator.uniform(0, 255, size=3), generator.uniform(0.1, 1)
+    levels = np.clip(middle + contrast * (colours - middle), 0, 255).astype(np.uint8)
+    how = (Image.Resampling.NEAREST, Image.Resampling.BICUBIC)[generator.integers(2)]
+    return np.array(Image.fromarray(levels).resize((side, side), how))
 
 
 def _scramble(pixels: np.ndarray, placement: Placement, generator: np.random.Generator) -> None:

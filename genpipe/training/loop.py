@@ -29,7 +29,7 @@ from genpipe.training.config import Recipe, check
 from genpipe.training.data import check_source
 from genpipe.training.interrupts import stop_on_interrupt
 from genpipe.training.log import Log
-from genpipe.training.optimizer import adamw, learning_rate
+from genpipe.training.optimizer import learning_rate, make_optimizer
 from genpipe.training.run_folder import CHECKPOINTS, check_same_run, claim, fingerprint
 from genpipe.training.stage import MicroBatch, Stage
 from genpipe.training.stages import STAGES
@@ -115,7 +115,7 @@ class Trainer:
 
         for module in self.stage.frozen():
             module.to(self.accelerator.device)
-        self.optimizer = adamw(self.stage.model, recipe.optimizer, self.stage.rates())
+        self.optimizer = make_optimizer(self.stage.model, recipe.optimizer, self.stage.rates())
         self.model, self.prepared = self.accelerator.prepare(self.stage.model.train(), self.optimizer)
         self.state = State(self.stage.model, self.optimizer, recipe.run.ema_decay)
         self.stopping = self.stage.early_stopping()

@@ -1,4 +1,4 @@
-"""AdamW as OptimizerConfig asks for it: learning rate by step number, weight decay by kind of parameter."""
+"""The optimiser that OptimizerConfig asks for: learning rate by step number, weight decay by kind of parameter."""
 
 import math
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from genpipe.training.config import OptimizerConfig
+from genpipe.training.muon import NARROWEST, MuonAdamW
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -27,7 +28,7 @@ def parameter_groups(
 
     `rates`: parameter name -> its share of the learning rate, 1 where none is given; a group holds it as "rate".
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = _tables(model)
     trained = [(rates.get(name, 1.0) if rates else 1.0, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
     for share in sorted({share for share, _ in trained}, reverse=True):
@@ -39,12 +40,33 @@ def parameter_groups(
     return groups
 
 
-def adamw(model: nn.Module, config: OptimizerConfig, rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
-    """AdamW over the trained parameters of `model`; the loop sets the learning rates before each update."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay, rates),
-        lr=config.learning_rate,
-        betas=(config.beta_1, config.beta_2),
-        eps=config.epsilon,
-        fused=True,
-    )
+def _tables(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW, or Muon beside it, over the trained parameters; the loop sets the learning rates before each update."""
+    groups = parameter_groups(model, config.weight_decay, rates)
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate, "betas": (config.beta_1, config.beta_2), "eps": config.epsilon, "fused": True,
+    }  # fmt: skip
+    if config.method == "muon":
+        return MuonAdamW(_with_muon(model, groups), **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def _with_muon(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups, each in two: matrices and kernels of layers, which Muon steps, and the rest."""
+    hidden = {
+        id(p)
+        for name, p in model.named_parameters()
+        if name.endswith("weight") and p.ndim >= 2 and min(len(p), p[0].numel()) >= NARROWEST
+    } - _tables(model)
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        for muon in (True, False):
+            own = [p for p in group["params"] if (id(p) in hidden) == muon]
+            split.append({**group, "params": own, "muon": muon})
+    return split
