@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 Split = Literal["train", "heldout", "all"]
+Objects = Literal["all", "common"]
 TwinKind = Literal["swapped", "recounted", "recoloured", "turned"]
 
 _KIND_ENDS: tuple[tuple[Kind, float], ...] = (("single", 0.25), ("count", 0.55), ("pair", 1.0))  # cumulative shares
@@ -133,6 +134,7 @@ class EmojiScenes:
         captions need no font.
     split: "train" (no held-out combination), "heldout" (at least one in each scene) or "all"; see `is_held_out`.
     seed: whole number, zero or more.
+    objects: "all", or "common" for the few that differ much in shape and colour; see the vocabulary.
     plain_share: how often a place is told by "left of" or "above" rather than by "right of" or "below", in [0, 1].
     Raises InputError for arguments outside these limits. Instances hold no random state: they can be pickled, shared
     between worker processes and asked in any order.
@@ -145,16 +147,19 @@ class EmojiScenes:
         split: Split = "train",
         seed: int = 0,
         plain_share: float = PLAIN_SHARE,
+        objects: Objects = "all",
     ):
         self.size = _whole_number(size, "The size of a scene in pixels", _SMALLEST_PICTURE, _LARGEST_PICTURE)
         self.seed = _whole_number(seed, "The seed of the scenes", 0)
         if split not in get_args(Split):
             raise InputError(f"The split must be one of {', '.join(get_args(Split))}, not {split!r}.")
+        if objects not in get_args(Objects):
+            raise InputError(f"The objects must be one of {', '.join(get_args(Objects))}, not {objects!r}.")
         if not 0 <= plain_share <= 1:
             raise InputError(f"The share of plain relations must be from 0 to 1, not {plain_share!r}.")
         self.split: Split = split
         self.plain_share = plain_share
-        self.objects = tuple(vocabulary().objects)
+        self.objects = tuple(name for name, words in vocabulary().objects.items() if words.common or objects == "all")
         self.backgrounds = tuple(vocabulary().backgrounds)
         self._glyphs = Glyphs(font)
 

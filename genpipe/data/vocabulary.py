@@ -22,10 +22,14 @@ class Noun:
 
 @dataclass(frozen=True)
 class ObjectWords:
-    """An object of the scenes: its names (the usual one first, then synonyms) and its emoji, one character."""
+    """An object of the scenes: its names (the usual one first, then synonyms) and its emoji, one character.
+
+    common: whether it is one of the few that differ much in shape and colour, which small models learn to draw.
+    """
 
     names: tuple[Noun, ...]
     glyph: str
+    common: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def vocabulary() -> Vocabulary:
         entry["name"]: ObjectWords(
             names=tuple(Noun(n["name"], n["plural"], n["article"]) for n in (entry, *entry["synonyms"])),
             glyph=chr(int(entry["glyph"], 16)),
+            common=entry.get("common", False),
         )
         for entry in data["objects"]
     }

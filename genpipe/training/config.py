@@ -22,6 +22,7 @@ class DataConfig:
         joined by "::", each with its weight, 1 if none is given: "laion/{00000..00099}.tar=3::cc12m=1" takes three
         pairs of four from the first, however large either is, and reads the smaller one more often.
     size: side of the training picture in pixels.
+    objects: of emoji scenes, "all" or the "common" ones alone, which the small models have time to learn.
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
     seed: of the data order.
     workers: processes that prepare batches; 0 prepares them in the training process.
@@ -40,6 +41,7 @@ class DataConfig:
 
     source: str = "scenes"
     size: int = 32
+    objects: str = "all"
     split: str = "train"
     seed: int = 0
     workers: int = 0
@@ -210,6 +212,7 @@ _CHOICES = {
     "optimizer.method": ("adamw", "muon"),
     "optimizer.decay": ("cosine", "linear", "constant"),
     "data.crop": ("centre", "stage_1", "stage_2"),
+    "data.objects": ("all", "common"),
     "data.split": ("train", "heldout", "all"),
     "objective.head": ("sum", "mlp", "transformer"),
     "objective.class_weights": ("none", "inverse_frequency"),

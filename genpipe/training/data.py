@@ -17,7 +17,7 @@ from genpipe.data.captions import PLAIN_SHARE
 from genpipe.data.embeddings import StoredEmbeddings
 from genpipe.data.image_text import ImageTextFolder, Report
 from genpipe.data.samples import Pair
-from genpipe.data.scenes import EmojiScenes, Split, find_font
+from genpipe.data.scenes import EmojiScenes, Objects, Split, find_font
 from genpipe.data.shards import Shards, expand_shards, is_shards, weighted_sources
 from genpipe.data.transforms import CropConfig, centre_crop, stage_1_crop, stage_2_crop
 from genpipe.errors import InputError
@@ -49,7 +49,13 @@ class OwnBatches(Protocol):
 
 def emoji_scenes(data: DataConfig, split: str, plain_share: float = PLAIN_SHARE) -> EmojiScenes:
     """Emoji scenes of the training size and seed on either side of the hold-out."""
-    return EmojiScenes(size=data.size, split=cast(Split, split), seed=data.seed, plain_share=plain_share)
+    return EmojiScenes(
+        size=data.size,
+        split=cast(Split, split),
+        seed=data.seed,
+        plain_share=plain_share,
+        objects=cast(Objects, data.objects),
+    )
 
 
 def crop_config(data: DataConfig) -> CropConfig:
