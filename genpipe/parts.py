@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from genpipe.errors import InputError
+from genpipe.json_files import peek_json
 from genpipe.tokenizer import CaptionTokenizer
 from genpipe.weight_files import Table, read_weights, rewrite_weights, weight_table
 
@@ -112,10 +113,7 @@ def load_one_of(
     classes: Sequence[type[Part]], folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32
 ) -> Any:
     """`load_part` of the class among `classes` that the folder's config.json names; an error is the first class's."""
-    try:
-        named = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, TypeError, KeyError):
-        named = None
+    named = peek_json(Path(folder) / CONFIG_NAME).get("_class_name")
     return load_part(next((cls for cls in classes if cls.__name__ == named), classes[0]), folder, dtype)
 
 

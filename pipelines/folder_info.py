@@ -3,18 +3,17 @@
 No weights are read for it.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from genpipe.errors import InputError
+from genpipe.json_files import peek_json
 from pipelines.family_info import PART_CLASSES
 from pipelines.published_source import sizes_of
 from pipelines.report import describe_part
 
 RECIPE_NAME = "recipe.json"
-JSON_LIMIT = 10_000_000  # bytes
 
 Found = dict[str, Any]
 
@@ -69,7 +68,7 @@ def _published(path: Path) -> Found | None:
 
 
 def _part(path: Path) -> Found | None:
-    name = _json(path / "config.json").get("_class_name")
+    name = peek_json(path / "config.json").get("_class_name")
     parts = [part for part, paths in PART_CLASSES.items() if name in {each.rpartition(".")[2] for each in paths}]
     if not parts:
         return None
@@ -91,7 +90,7 @@ def _part(path: Path) -> Found | None:
 
 
 def _training_run(path: Path) -> Found | None:
-    recipe = _json(path / RECIPE_NAME)
+    recipe = peek_json(path / RECIPE_NAME)
     if not {"stage", "run"} <= recipe.keys():
         return None
     checkpoints = sorted(found.name for found in path.glob("checkpoints/step-*") if found.is_dir())
@@ -109,13 +108,3 @@ def _training_run(path: Path) -> Found | None:
         "missing": [] if parts else ["the trained part"],
         "use": "genpipe assemble FAMILY" if parts else f"genpipe train {str(recipe.get('name', ''))[:60]} --out {path}",
     }
-
-
-def _json(path: Path) -> Found:
-    try:
-        if path.stat().st_size > JSON_LIMIT:
-            return {}
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -8,7 +8,6 @@ Legend: B pairs, C classes, D embedding width, P patches, L text positions, W to
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -26,6 +25,7 @@ from genpipe.clip.zero_shot import ClassifiedFiles, build_classifier, label_file
 from genpipe.data.labelled import check_class_names
 from genpipe.errors import InputError
 from genpipe.identity import weights_identity
+from genpipe.json_files import peek_json
 from genpipe.parts import CONFIG_NAME, load_part, save_part
 from genpipe.tokenizer import TokenBatch
 
@@ -290,11 +290,7 @@ def classify_files_with_text(
 
 def load_head(folder: str | os.PathLike[str]) -> PairHead:
     """A head of any kind, in eval mode. Raises InputError, one sentence, for what `load_part` refuses."""
-    path = Path(folder) / CONFIG_NAME
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
-    except (OSError, ValueError, AttributeError):
-        kind = None
+    kind = peek_json(Path(folder) / CONFIG_NAME).get("_class_name")
     cls = next((head for head in HEADS.values() if head.__name__ == kind), None)
     if cls is None:
         raise InputError(f"{str(folder)!r} is not the folder of an image-text head; train one with image-text.")

@@ -6,7 +6,6 @@ CLIPVisionModelWithProjection.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from genpipe.clip.architecture import published_config
 from genpipe.clip.model import CLIP
 from genpipe.errors import InputError
+from genpipe.json_files import read_json
 from genpipe.parts import load_part
 from genpipe.published.clip_names import (
     ACTIVATIONS,
@@ -29,10 +29,14 @@ from genpipe.published.clip_names import (
 )
 from genpipe.published.containers import find_weights, is_torch_script, read_tensors
 from genpipe.published.fitting import assign, on_meta
+from genpipe.published.weight_names import (
+    HUGGING_FACE_STEMS,
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_STEMS,
+    clip_stems,
+    weights_file,
+)
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-OPEN_CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model")
-HF_STEMS = ("model", "pytorch_model", "model.fp16")
 PLAIN_TOKENIZER = "ViT-L-14"  # open_clip's byte BPE of 49,408 entries, which all of them were trained with
 PLAIN_VOCABULARY = 49408
 OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")
@@ -55,7 +59,7 @@ def read_clip(
         return _from_hugging_face(source, dtype)
     if source.is_dir():
         config = source / "config.json"
-        if config.is_file() and _json(config).get("_class_name") == "CLIP":
+        if config.is_file() and read_json(config).get("_class_name") == "CLIP":
             return load_part(CLIP, source, dtype or torch.float32)
         if (source / OPEN_CLIP_CONFIG).is_file() and _has_open_clip_weights(source):
             return _from_open_clip(find_weights(source, *OPEN_CLIP_STEMS), source / OPEN_CLIP_CONFIG, dtype)
@@ -70,7 +74,7 @@ def read_clip(
         return _from_openai(source, dtype)
     if (source.parent / OPEN_CLIP_CONFIG).is_file() and source.name.startswith(OPEN_CLIP_STEMS):
         return _from_open_clip(source, source.parent / OPEN_CLIP_CONFIG, dtype)
-    if (source.parent / "config.json").is_file() and source.name.startswith(HF_STEMS):
+    if (source.parent / "config.json").is_file() and source.name.startswith(HUGGING_FACE_STEMS):
         return _from_hugging_face((source.parent,), dtype)
     raise InputError(
         f"{source} does not say which CLIP it is and which activation it was trained with; give its open_clip name "
@@ -89,7 +93,7 @@ def _from_named(path: Path, model_name: str, dtype: torch.dtype | None) -> CLIP:
 
 
 def _from_open_clip(path: Path, config_path: Path, dtype: torch.dtype | None) -> CLIP:
-    described = _json(config_path)
+    described = read_json(config_path)
     architecture, preprocess = described.get("model_cfg"), described.get("preprocess_cfg", {})
     if not isinstance(architecture, dict) or not isinstance(preprocess, dict):
         raise InputError(f"{config_path} is no config of open_clip: it has no model_cfg.")
@@ -123,13 +127,13 @@ def _open_clip_tokenizer(text: Any, config_path: Path) -> str:
 
 def _from_hugging_face(folders: tuple[Path, ...], dtype: torch.dtype | None) -> CLIP:
     """One folder of either half or both, or a text folder and an image folder."""
-    paths = [find_weights(folder, *HF_STEMS) for folder in folders]
+    paths = [find_weights(folder, *HUGGING_FACE_STEMS) for folder in folders]
     read = [_read(path, dtype) for path in paths]
     kinds = {tensor.dtype for tensors in read for tensor in tensors.values() if tensor.is_floating_point()}
     if len(kinds) > 1:  # towers that were saved in different types, as Kandinsky's may be
         read = [_read(path, torch.float32) for path in paths]
     config, renamed = hugging_face_clip(
-        [(folder, _json(folder / "config.json"), tensors) for folder, tensors in zip(folders, read, strict=True)]
+        [(folder, read_json(folder / "config.json"), tensors) for folder, tensors in zip(folders, read, strict=True)]
     )
     where = " and ".join(str(folder) for folder in folders)
     return _filled({**config, **_preprocessing(folders[-1])}, renamed, Path(where))
@@ -179,7 +183,7 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
     path = next((path for path in found if path.is_file()), None)
     if path is None:
         return {}
-    said = _json(path)
+    said = read_json(path)
     chosen: dict[str, Any] = {key: said[key] for key in ("image_mean", "image_std") if key in said}
     size, resample = said.get("size"), said.get("resample", 3)
     if resample not in (2, 3):
@@ -210,17 +214,6 @@ def _without_wrapper(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def _has_open_clip_weights(folder: Path) -> bool:
-    """Whether open_clip's file is to be read: if it is safetensors, or nothing else is."""
-    if not (folder / "config.json").is_file():
-        return True
-    return any(folder.glob("open_clip_model.safetensors*")) or not any(folder.glob("model.safetensors*"))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(said, dict):
-        raise InputError(f"{path} is no config: it holds a {type(said).__name__}.")
-    return said
+    """Whether open_clip's file is the one to read, where Hugging Face's may lie beside it."""
+    found = weights_file(folder, clip_stems(folder))
+    return found is None or found.name.startswith(OPEN_CLIP_STEMS)

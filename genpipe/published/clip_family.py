@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from functools import partial
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from genpipe.errors import InputError
 from genpipe.published.registry import Licence, Published
+from genpipe.published.weight_names import clip_stems, weights_file, weights_files
 
 if TYPE_CHECKING:  # torch takes seconds to import, and files are recognised without it
     import torch
@@ -20,24 +20,21 @@ LICENCE = Licence(
     "https://github.com/openai/CLIP/blob/main/LICENSE",
     "Weights of this kind come from many publishers; the licence is the one that stands where they were fetched.",
 )
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-MODEL_TYPES = ("clip", "clip_text_model", "clip_vision_model")
-WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
-SUFFIXES = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 
 def recognises(source: Path) -> bool:
     """Whether `source` is a CLIP's folder of open_clip or Hugging Face, or an archive of OpenAI's."""
     if source.is_dir():
-        return _described(source)
+        return bool(clip_stems(source))
     return source.is_file() and _is_archive(source)
 
 
 def missing(source: Path) -> list[str]:
     """The weights, where only their description is there."""
-    if source.is_file() or any((source / (stem + suffix)).is_file() for stem in WEIGHTS for suffix in SUFFIXES):
+    if source.is_file():
         return []
-    return ["open_clip_model.safetensors" if (source / OPEN_CLIP_CONFIG).is_file() else "model.safetensors"]
+    stems = clip_stems(source)
+    return [] if weights_file(source, stems) is not None else [f"{stems[0]}.safetensors"]
 
 
 def read(source: Path, dtype: torch.dtype | None = None, clip: Path | None = None) -> Published:
@@ -50,8 +47,8 @@ def read(source: Path, dtype: torch.dtype | None = None, clip: Path | None = Non
     if clip is not None:
         raise InputError(f"{source} is a CLIP itself; leave the other one out.")
     if source.is_dir():
-        kept = (path for path in sorted(source.iterdir()) if path.name.endswith((*SUFFIXES, ".json")))
-        files = [path for path in kept if path.is_file()]
+        described = (path for path in sorted(source.glob("*.json")) if not path.name.endswith(".index.json"))
+        files = [*(path for path in described if path.is_file()), *weights_files(source, clip_stems(source))]
     else:
         files = [source]
     name = re.sub(r"[^\w.-]+", "-", source.stem if source.is_file() else source.resolve().name).strip("-.") or "clip"
@@ -65,16 +62,6 @@ def read(source: Path, dtype: torch.dtype | None = None, clip: Path | None = Non
         files=files,
         resolution=0,
     )
-
-
-def _described(folder: Path) -> bool:
-    if (folder / OPEN_CLIP_CONFIG).is_file():
-        return True
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
 
 
 def _is_archive(path: Path) -> bool:

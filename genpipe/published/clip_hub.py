@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from genpipe.errors import InputError
-from genpipe.published.clip import HF_STEMS, OPEN_CLIP_CONFIG, OPEN_CLIP_STEMS
+from genpipe.published.weight_names import clip_stems, in_order, pieces_of
 
 
 def fetch_clip(hub_id: str) -> Path | None:
@@ -16,26 +15,18 @@ def fetch_clip(hub_id: str) -> Path | None:
     Raises InputError if it cannot be had.
     """
     folder = _fetch(hub_id, ["*.json"])
-    if (folder / OPEN_CLIP_CONFIG).is_file():
-        stems = OPEN_CLIP_STEMS
-    elif _is_hugging_face_clip(folder / "config.json"):
-        stems = HF_STEMS[:2]
-    else:
+    stems = clip_stems(folder)
+    if not stems:
         return None
-    for ending in (".safetensors", "-*.safetensors", ".bin", "-*.bin"):  # whole or in pieces, pickles last
-        patterns = [stem + ending for stem in stems]
-        _fetch(hub_id, patterns)
-        if any(found for pattern in patterns for found in folder.glob(pattern)):
+    for path in (folder / name for name in in_order(stems)):
+        indexed = path.suffix == ".json"  # indices came with the configs, the files that they name did not
+        if not indexed:
+            _fetch(hub_id, [path.name])
+        if path.is_file():
+            if indexed:
+                _fetch(hub_id, pieces_of(path))
             break
     return folder
-
-
-def _is_hugging_face_clip(path: Path) -> bool:
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-    return kind in ("clip", "clip_text_model", "clip_vision_model")
 
 
 def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:

@@ -20,6 +20,7 @@ from genpipe.published.archives import checksum, open_tar
 from genpipe.published.pickles import Inert
 from genpipe.published.stored import Damaged, Storage, StoredTensor, contiguous
 from genpipe.published.torch_files import ZIP_START, is_scripted, read_legacy, read_zip
+from genpipe.published.weight_names import weights_file
 from genpipe.weight_files import MAX_HEADER_BYTES, Table
 
 __all__ = ["checksum", "find_weights", "is_torch_script", "open_tar", "read_tensors", "table_of"]
@@ -30,7 +31,6 @@ SAFETENSORS_TYPES = {
 }  # fmt: skip
 MAX_MODULES = 5_000
 MAX_NAME = 1_000  # characters
-SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 def read_tensors(
@@ -74,14 +74,13 @@ def table_of(path: str | os.PathLike[str], *, inside: Sequence[str] = (), stand_
 
 
 def find_weights(folder: str | os.PathLike[str], *stems: str) -> Path:
-    """The weights in `folder` called by the first of `stems` that is there, e.g. "model": safetensors before pickles.
+    """The weights in `folder` called by one of `stems`, e.g. "model", see `weights_file`: the file, or its index.
 
-    Returns the file, or the index of several. Raises InputError if there is none.
+    Raises InputError if there is none.
     """
-    for stem in stems:
-        for suffix in SUFFIXES:
-            if (found := Path(folder) / (stem + suffix)).is_file():
-                return found
+    found = weights_file(Path(folder), stems)
+    if found is not None:
+        return found
     names = " or ".join(stem + ".safetensors" for stem in stems)
     raise InputError(f"{folder} has no weights, {names} was expected; get the folder again.")
 

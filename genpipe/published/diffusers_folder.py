@@ -6,47 +6,27 @@ Class names in them are looked up in a table of the reader and otherwise refused
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genpipe.errors import InputError
+from genpipe.json_files import peek_json, read_json
+from genpipe.published.weight_names import DIFFUSERS_STEMS, HUGGING_FACE_STEMS, clip_type
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a folder is recognised without it
     import torch
     from diffusers import ModelMixin
 
 INDEX = "model_index.json"
-STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16")  # of the weights files of diffusers' own classes
-JSON_LIMIT = 10_000_000  # bytes; published configs have a few thousand, an index of weights some hundred thousand
 
 Classes = Mapping[str, Collection[str]]  # name of a component -> its known classes
 
 
 def pipeline_class(source: Path) -> str | None:
     """The pipeline that a folder's model_index.json was written for; None where it has none. Never raises."""
-    try:
-        return str(read_json(source / INDEX)["_class_name"])
-    except (InputError, LookupError):
-        return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError, one sentence that names it, for anything else."""
-    try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise InputError(f"{path} is larger than {JSON_LIMIT:,} bytes; it is no config.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}); get the folder again.") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not valid JSON; get the folder again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object; get the folder again.")
-    return value
+    name = peek_json(source / INDEX).get("_class_name")
+    return None if name is None else str(name)
 
 
 def components(source: Path, classes: Classes) -> set[str]:
@@ -78,19 +58,9 @@ def component_config(source: Path, name: str, classes: Classes, file: str = "con
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def weights_files(folder: Path, stems: Sequence[str] = STEMS) -> list[Path]:
-    """A component's weights: the one file, or an index and the files it names; safetensors before pickles.
-
-    Empty where there are none, and without those that an index names but that are not there.
-    """
-    for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"):
-        for stem in stems:
-            file = folder / (stem + suffix)
-            if file.is_file():
-                named = read_json(file).get("weight_map", {}).values() if suffix.endswith(".json") else ()
-                shards = sorted({Path(str(name)).name for name in named})
-                return [file, *(folder / name for name in shards if (folder / name).is_file())]
-    return []
+def stems_of(name: str) -> tuple[str, ...]:
+    """What the weights of a component are called: the towers of CLIP are of transformers, all others of diffusers."""
+    return HUGGING_FACE_STEMS if name.endswith("_encoder") else DIFFUSERS_STEMS
 
 
 def clip_builder(towers: Sequence[Path], instead: Path | None, dtype: torch.dtype | None) -> Callable[[], ModelMixin]:
@@ -104,7 +74,9 @@ def clip_builder(towers: Sequence[Path], instead: Path | None, dtype: torch.dtyp
 
         if instead is None:
             return read_clip(towers[0] if len(towers) == 1 else (towers[0], towers[1]), dtype)
-        return read_clip((towers[0], instead) if towers and _is_image_tower(instead) else instead, dtype)
+        return read_clip(
+            (towers[0], instead) if towers and clip_type(instead) == "clip_vision_model" else instead, dtype
+        )
 
     return built
 
@@ -114,13 +86,6 @@ def clip_files(instead: Path | None) -> list[Path]:
     if instead is None or instead.is_file():
         return [] if instead is None else [instead]
     return sorted(path for path in instead.iterdir() if path.is_file()) if instead.is_dir() else []
-
-
-def _is_image_tower(folder: Path) -> bool:
-    try:
-        return read_json(folder / "config.json").get("model_type") == "clip_vision_model"
-    except InputError:
-        return False
 
 
 def expect(config: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:

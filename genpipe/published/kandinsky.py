@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 from genpipe.errors import InputError
 from genpipe.published.diffusers_folder import (
     INDEX,
-    STEMS,
     clip_builder,
     clip_files,
     component_config,
     components,
     needed,
     pipeline_class,
-    weights_files,
+    stems_of,
 )
 from genpipe.published.registry import Licence, Published
+from genpipe.published.weight_names import weights_files
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,6 @@ CLASSES: dict[str, dict[str, set[str]]] = {
     "decoder": {"unet": {"UNet2DConditionModel"}, "movq": {"VQModel"}, "scheduler": {"DDPMScheduler"}},
 }
 NETWORKS = {"prior": ("prior", "text_encoder", "image_encoder"), "decoder": ("unet", "movq")}
-ENCODER_STEMS = ("model", "pytorch_model", "model.fp16")
 # Steps of the decoder: diffusers' pipeline takes 100 if none are named, the authors' example 50.
 SAMPLING: dict[str, Any] = {
     "guidance_scale": 4.0,
@@ -88,8 +87,8 @@ def missing(source: Path) -> list[str]:
         names = {f"{name}/config.json" for name in NETWORKS[kind]} | {"scheduler/scheduler_config.json"}
         lacking += [f"{folder.name}/{name}" for name in sorted(names) if not (folder / name).is_file()]
         for name in NETWORKS[kind]:
-            if not weights_files(folder / name, _stems(name)):
-                lacking.append(f"{folder.name}/{name}/{_stems(name)[0]}.safetensors")
+            if not weights_files(folder / name, stems_of(name)):
+                lacking.append(f"{folder.name}/{name}/{stems_of(name)[0]}.safetensors")
     return lacking
 
 
@@ -126,7 +125,7 @@ def read(source: Path, dtype: torch.dtype | None = None, clip: Path | None = Non
     for kind, folder in found.items():
         files += [folder / INDEX, folder / "scheduler" / "scheduler_config.json"]
         for name in networks[kind]:
-            files += [folder / name / "config.json", *weights_files(folder / name, _stems(name))]
+            files += [folder / name / "config.json", *weights_files(folder / name, stems_of(name))]
     towers = [found["prior"] / name for name in ("text_encoder", "image_encoder")]
     unet, movq = (component_config(found["decoder"], name, CLASSES["decoder"]) for name in ("unet", "movq"))
     side = needed(unet, "sample_size", found["decoder"] / "unet" / "config.json")
@@ -141,7 +140,3 @@ def read(source: Path, dtype: torch.dtype | None = None, clip: Path | None = Non
         resolution=side * 2 ** (len(movq.get("block_out_channels", [0])) - 1),
         notes=["The decoder takes 50 steps if a drawing names none, as its authors' example; diffusers takes 100."],
     )
-
-
-def _stems(name: str) -> tuple[str, ...]:
-    return ENCODER_STEMS if name.endswith("_encoder") else STEMS

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from genpipe.dalle2.latent_decoder import LatentDecoder
 from genpipe.dalle2.prior import Prior
-from genpipe.published.containers import read_tensors
-from genpipe.published.diffusers_folder import arguments, component_config, expect, needed, weights_files
+from genpipe.published.containers import find_weights, read_tensors
+from genpipe.published.diffusers_folder import arguments, component_config, expect, needed
 from genpipe.published.fitting import on_meta
 from genpipe.published.kandinsky import CLASSES
 from genpipe.published.karlo_parts import empty_prior, filled, filled_prior, unclip_clamp
+from genpipe.published.weight_names import DIFFUSERS_STEMS
 
 Config = Mapping[str, Any]
 
@@ -41,7 +42,9 @@ def prior_of_folder(folder: Path, dtype: torch.dtype | None) -> Prior:
     wanted = {"prediction_type": "sample", "variance_type": "fixed_small_log"}
     clamp = unclip_clamp(folder, "scheduler", classes, wanted)
     model = empty_prior(component_config(folder, "prior", classes), clamp, folder / "prior" / "config.json")
-    return filled_prior(model, read_tensors(weights_files(folder / "prior")[0], dtype=dtype), str(folder / "prior"))
+    return filled_prior(
+        model, read_tensors(find_weights(folder / "prior", *DIFFUSERS_STEMS), dtype=dtype), str(folder / "prior")
+    )
 
 
 def decoder_of_folder(folder: Path, dtype: torch.dtype | None) -> LatentDecoder:
@@ -49,7 +52,7 @@ def decoder_of_folder(folder: Path, dtype: torch.dtype | None) -> LatentDecoder:
     unet, movq = (component_config(folder, name, CLASSES["decoder"]) for name in ("unet", "movq"))
     scheduler = component_config(folder, "scheduler", CLASSES["decoder"], "scheduler_config.json")
     model = empty_decoder(unet, movq, scheduler, folder)
-    tensors = [read_tensors(weights_files(folder / name)[0], dtype=dtype) for name in ("unet", "movq")]
+    tensors = [read_tensors(find_weights(folder / name, *DIFFUSERS_STEMS), dtype=dtype) for name in ("unet", "movq")]
     return filled_decoder(model, tensors[0], tensors[1], str(folder))
 
 

@@ -19,9 +19,10 @@ from genpipe.published.diffusers_folder import (
     components,
     needed,
     pipeline_class,
-    weights_files,
+    stems_of,
 )
 from genpipe.published.registry import Licence, Published
+from genpipe.published.weight_names import weights_files
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,6 @@ CLASSES = {
     "super_res_scheduler": {"UnCLIPScheduler"},
 }
 NETWORKS = ("decoder", "text_proj", "super_res_first", "super_res_last", "text_encoder")
-ENCODER_STEMS = ("model", "pytorch_model")  # of the weights files of the two CLIP towers
 ORIGINALS = {
     "prior": "prior-ckpt-step=01000000-of-01000000.ckpt",
     "decoder": "decoder-ckpt-step=01000000-of-01000000.ckpt",
@@ -124,11 +124,10 @@ def missing(source: Path) -> list[str]:
         return [file for name, file in ORIGINALS.items() if _original(source, name) is None]
     lacking = []
     for name in _networks(source):
-        encoder = name.endswith("_encoder")
         config = source / name / "config.json"
         lacking += [] if config.is_file() else [f"{name}/config.json"]
-        if not weights_files(source / name, *([ENCODER_STEMS] if encoder else [])):
-            lacking.append(f"{name}/{'model' if encoder else 'diffusion_pytorch_model'}.safetensors")
+        if not weights_files(source / name, stems_of(name)):
+            lacking.append(f"{name}/{stems_of(name)[0]}.safetensors")
     schedulers = [name for name in _schedulers(source) if not (source / name / "scheduler_config.json").is_file()]
     return lacking + [f"{name}/scheduler_config.json" for name in schedulers]
 
@@ -173,7 +172,7 @@ def _read_folder(source: Path, dtype: torch.dtype | None, clip: Path | None) -> 
     files = [source / INDEX, *(source / each / "scheduler_config.json" for each in _schedulers(source))]
     for each in networks:
         files += [source / each / "config.json"]
-        files += weights_files(source / each, *([ENCODER_STEMS] if each.endswith("_encoder") else []))
+        files += weights_files(source / each, stems_of(each))
     towers = [source / each for each in ("text_encoder", "image_encoder") if each in networks]
     config = component_config(source, "decoder", CLASSES)
     return Published(

@@ -17,11 +17,12 @@ from genpipe.dalle2.decoder import Decoder
 from genpipe.dalle2.prior import Prior
 from genpipe.dalle2.upsampler import Upsampler
 from genpipe.errors import InputError
-from genpipe.published.containers import read_tensors
-from genpipe.published.diffusers_folder import Classes, arguments, component_config, expect, needed, weights_files
+from genpipe.published.containers import find_weights, read_tensors
+from genpipe.published.diffusers_folder import Classes, arguments, component_config, expect, needed
 from genpipe.published.fitting import assign, on_meta
 from genpipe.published.guided_diffusion import Rules, applied, unet_rules
 from genpipe.published.karlo import CLASSES, ORIGINAL_CLAMP
+from genpipe.published.weight_names import DIFFUSERS_STEMS
 
 Model = TypeVar("Model", bound=ModelMixin)
 Config = Mapping[str, Any]
@@ -208,7 +209,7 @@ def unclip_clamp(source: Path, name: str, classes: Classes, wanted: Config, clam
 
 
 def _weights(source: Path, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return read_tensors(weights_files(source / name)[0], dtype=dtype)
+    return read_tensors(find_weights(source / name, *DIFFUSERS_STEMS), dtype=dtype)
 
 
 # The original checkpoints ---------------------------------------------------------------------------------------------

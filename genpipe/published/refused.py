@@ -8,9 +8,9 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-JSON_LIMIT = 10_000_000  # bytes
+from genpipe.json_files import JSON_LIMIT, peek_json
+
 NAMES_LIMIT = 4_000_000  # bytes of a file that are looked through for names
 NAME_LIMIT = 60  # characters of a name from a stranger's file that are shown
 WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -78,7 +78,7 @@ def reason(source: Path) -> str | None:
 def _kind(source: Path) -> tuple[str | None, str]:
     if source.is_file():
         return _kind_of_file(source), ""
-    index = _json(source / "model_index.json")
+    index = peek_json(source / "model_index.json")
     name = str(index.get("_class_name") or "")[:NAME_LIMIT]
     if name:
         if not name.startswith("Stable"):
@@ -98,13 +98,6 @@ def _kind_of_file(path: Path) -> str | None:
         if all(any(name.startswith(beginning) for name in names) for beginning in beginnings):
             return kind
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file() or path.stat().st_size > JSON_LIMIT:
-        return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
-    return value if isinstance(value, dict) else {}
 
 
 def _names_in(path: Path) -> set[str]:
