@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -12,6 +12,7 @@ from pipelines.options import DeviceOption, JsonOption
 from pipelines.terminal import INTERRUPTED, Interrupt, polite_interrupt, progress_bar, say, show
 
 if TYPE_CHECKING:
+    from genpipe.data.scenes import Objects
     from genpipe.evaluation.composition import TaskPrompt
     from genpipe.evaluation.detector import SceneDetector
     from genpipe.evaluation.report import RunFolder
@@ -32,6 +33,18 @@ def evaluate_family(
         Path | None,
         typer.Option(help="Draw the lines of this text file instead; only CLIP judges.", show_default=False),
     ] = None,
+    objects: Annotated[
+        str, typer.Option(help="Of the prompts: common, the forty that small models learn, or all.")
+    ] = "common",
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve", help="Judge every candidate, before upsampling: what the best of 1, 2, 4 ... are."
+        ),
+    ] = False,
+    summary: Annotated[
+        Path | None, typer.Option(help="JSON list that the figures are added to.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts, and of the first candidate of each.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder of the reports; the same command goes on where it was cut short.")
@@ -48,39 +61,44 @@ def evaluate_family(
     request.check_positive("The number of candidates", candidates)
     request.check_counts(max(candidates, PICTURES), PICTURES, seed, None)
     texts = None if prompts is None else prompts_of(prompts)
+    from genpipe.evaluation.composition import detector_accuracy, load_detector, task_prompts
     from pipelines.family_info import describe_family
 
+    judged = task_prompts(per_task, seed, cast("Objects", objects)) if texts is None else None
     described = describe_family(family)
     names = described.pipelines if pipeline is None else [pipeline]
     for name in names:
         described.check_has(name)
-    from genpipe.evaluation.report import RunFolder
+    from genpipe.evaluation.report import RunFolder, add_to_summary
 
     folders = {}
     for name in names:
         settings: dict[str, Any] = {
             "family": described.name, "hash": described.hash_of(name), "pipeline": name, "candidates": candidates,
             "seed": seed, "prompts": per_task if texts is None else texts,
+            "objects": objects if texts is None else None, "curve": curve,
             "defaults": described.defaults.get(name, {}),
         }  # fmt: skip
-        folders[name] = RunFolder(out / f"{name}-{candidates}", settings)
-    from genpipe.evaluation.composition import detector_accuracy, load_detector, task_prompts
+        folders[name] = RunFolder(out / f"{name}-{candidates}{'-curve' if curve else ''}", settings)
     from pipelines.devices import choose_device
     from pipelines.family import load_family
 
-    judged = task_prompts(per_task, seed) if texts is None else None
     detector = load_detector() if judged is not None else None
-    accuracy = {} if detector is None else detector_accuracy(detector)
+    accuracy = {} if detector is None else detector_accuracy(detector, objects=cast("Objects", objects))
     loaded = load_family(described.folder, device=choose_device(device), pipelines=names)
     texts = texts or [each.prompt for each in judged or []]
     summaries = []
     with polite_interrupt() as interrupt:
         for name in names:
+            if curve and not loaded.pipeline(name).ranks:
+                raise InputError(f"{described.name} has no CLIP that ranks its pictures; leave --curve out.")
             drawn = draw(loaded.pipeline(name), texts, judged, detector, folders[name], candidates, seed, interrupt)
             if not drawn:
                 say("interrupted", f"{out} keeps what is finished; the same command goes on there")
                 raise typer.Exit(INTERRUPTED)
             summaries.append(folders[name].finish(texts, judged, accuracy))
+    if summary is not None:
+        add_to_summary(summary, summaries)
     show(json.dumps(summaries, indent=2) if as_json else "\n".join(as_text(each) for each in summaries))
     if not as_json:
         show(f"reports: {', '.join(str(folder.folder / 'report.html') for folder in folders.values())}")
@@ -119,6 +137,8 @@ def draw(
     from genpipe.evaluation.report import record
     from genpipe.images import to_unit
 
+    curve = bool(folder.settings["curve"])
+    sampling = pipeline.resolve_sampling({"upsample": False}) if curve else None
     missing = [number for number in range(len(texts)) if number not in folder.done()]
     with progress_bar(f"{folder.settings['pipeline']}, best of {candidates}", len(texts)) as bar:
         bar.n = len(texts) - len(missing)
@@ -128,8 +148,9 @@ def draw(
             output = pipeline(
                 [texts[number] for number in numbers],
                 num_candidates=max(candidates, PICTURES),
-                keep=PICTURES,
+                keep=max(candidates, PICTURES) if curve else PICTURES,
                 seed=seed,
+                sampling=sampling,
                 callback=lambda progress: interrupt.pressed,
             )
             if not output.complete:

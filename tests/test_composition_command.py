@@ -35,7 +35,7 @@ def test_six_tasks_are_judged_and_a_second_call_draws_nothing_again(
     names = list(EmojiScenes().objects)
     monkeypatch.setattr(composition, "load_detector", lambda: SceneDetector(names, size=32, width=8).eval())
     accuracy = composition.detector_accuracy
-    monkeypatch.setattr(composition, "detector_accuracy", lambda detector: accuracy(detector, per_task=2))
+    monkeypatch.setattr(composition, "detector_accuracy", lambda detector, objects: accuracy(detector, per_task=2))
     command = ("evaluate", tiny_folder, "--pipeline", "dalle1", "--per-task", 1, "--out", tmp_path / "out")
     result = run(*command, "--candidates", 5)
     assert result.code == 0 and "overall" in result.out and "all together" in result.out
@@ -48,6 +48,34 @@ def test_six_tasks_are_judged_and_a_second_call_draws_nothing_again(
     assert run(*command, "--candidates", 5).out == result.out
     assert {path: path.stat().st_mtime_ns for path in (folder / "pictures").iterdir()} == pictures
     assert "other settings" in refused(run(*command, "--candidates", 5, "--seed", 1))
+    assert report["objects"] == "common" and set(report["best_alone"]) == {*composition.TASKS, "overall"}
+
+
+def test_a_curve_judges_every_candidate_and_the_summary_is_kept(
+    run: Run,  # noqa: F811
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = list(EmojiScenes().objects)
+    monkeypatch.setattr(composition, "load_detector", lambda: SceneDetector(names, size=32, width=8).eval())
+    monkeypatch.setattr(composition, "detector_accuracy", lambda detector, objects: {"noise": 0.0})
+    summary = tmp_path / "composition.json"
+    command = ("evaluate", tiny_folder, "--pipeline", "dalle1", "--per-task", 1, "--out", tmp_path / "out", "--curve")
+    command = (*command, "--objects", "all", "--candidates", 6, "--summary", summary)
+    assert run(*command).code == 0
+    report = json.loads((tmp_path / "out" / "dalle1-6-curve" / "report.json").read_text())
+    assert [len(row["pictures"]) for row in report["pictures"]] == [6] * 6
+    clip = [point["score"] for point in report["curve"]["clip_score"]]
+    assert clip[0] == pytest.approx(report["clip_score"]) and clip == sorted(clip) and len(clip) == 3
+    assert report["curve"]["composition"][0]["score"] == pytest.approx(report["overall"])
+    assert run(*command).code == 0
+    (entry,) = json.loads(summary.read_text())
+    assert (entry["pipeline"], entry["candidates"], entry["seed"], entry["prompts"]) == ("dalle1", 6, 0, 1)
+    assert set(entry["tasks"]) == set(composition.TASKS) and entry["detector_accuracy"] == {"noise": 0.0}
+    summary.write_text("{}")
+    assert "cannot be used for the summary" in refused(run(*command))
+    assert "must be one of all, common" in refused(run(*command, "--objects", "rare"))
 
 
 def test_what_is_refused(run: Run, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -123,6 +123,11 @@ def test_the_best_of_n_by_hand() -> None:
     for n in (0, 4):
         with pytest.raises(InputError, match="choose 1 to 3"):
             expected_best(scores, n)
+    scores = torch.tensor([[3.0, 1.0, 2.0], [0.1, 0.2, 6.0]])
+    right = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    # Of the pairs, (3, 1) and (3, 2) have a right best one in the first row, (0.1, 0.2) alone in the second.
+    for n, expected in ((1, [1 / 3, 1 / 3]), (2, [2 / 3, 1 / 3]), (3, [1.0, 0.0])):
+        assert expected_best(scores, n, right).tolist() == pytest.approx(expected)
     curve = best_of_n_curve(torch.arange(8.0).view(2, 4))
     assert [point["n"] for point in curve] == [1, 2, 4] and [point["score"] for point in curve][::2] == [3.5, 5.0]
     assert curve[0]["standard_error"] == pytest.approx(2.0) and best_of_n_curve(scores[:1])[0]["standard_error"] == 0.0

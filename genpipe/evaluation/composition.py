@@ -18,7 +18,7 @@ from torch import Tensor
 
 from genpipe.data.captions import Wording, write_caption
 from genpipe.data.layout import Scene
-from genpipe.data.scenes import EmojiScenes
+from genpipe.data.scenes import EmojiScenes, Objects
 from genpipe.data.vocabulary import vocabulary
 from genpipe.errors import InputError
 from genpipe.evaluation.detector import Detection, SceneDetector
@@ -52,16 +52,16 @@ class Verdict:
     reason: str
 
 
-def task_prompts(per_task: int, seed: int = 0) -> list[TaskPrompt]:
+def task_prompts(per_task: int, seed: int = 0, objects: Objects = "all") -> list[TaskPrompt]:
     """`per_task` different prompts of each task, all of held-out combinations; prompts always name the background.
 
-    Raises InputError for a number below 1.
+    objects: of the scenes, "all" or the "common" ones alone. Raises InputError for a number below 1.
     """
     if per_task < 1:
         raise InputError(f"{per_task} prompts per task are asked for; at least 1 is needed.")
     prompts: list[TaskPrompt] = []
     for number, task in enumerate(TASKS):
-        scenes = EmojiScenes(split="heldout", seed=seed * len(TASKS) + number)
+        scenes = EmojiScenes(split="heldout", seed=seed * len(TASKS) + number, objects=objects)
         found: dict[str, TaskPrompt] = {}
         index = 0
         while len(found) < per_task:
@@ -162,13 +162,15 @@ def scores(prompts: Sequence[TaskPrompt], verdicts: Sequence[Sequence[Verdict]])
     return {**tasks, "overall": mean(tasks.values())}
 
 
-def detector_accuracy(detector: SceneDetector, per_task: int = 200, seed: int = 1) -> dict[str, float]:
+def detector_accuracy(
+    detector: SceneDetector, per_task: int = 200, seed: int = 1, objects: Objects = "all"
+) -> dict[str, float]:
     """How often the judge calls a real scene right for its own prompt, by task; and what it must refuse.
 
     "wrong prompt": real scenes it calls right for another scene's prompt of the same task; "noise": pictures of noise
     in which it sees anything.
     """
-    prompts, scenes = task_prompts(per_task, seed), EmojiScenes(size=detector.config.size)
+    prompts, scenes = task_prompts(per_task, seed, objects), EmojiScenes(size=detector.config.size)
     right: dict[str, list[float]] = {task: [] for task in TASKS}
     wrong: list[float] = []
     for start in range(0, len(prompts), 100):

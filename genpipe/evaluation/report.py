@@ -11,9 +11,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from PIL import Image
 
 from genpipe.errors import InputError
+from genpipe.evaluation.best_of_n import best_of_n_curve
 from genpipe.evaluation.composition import TaskPrompt, Verdict, scores
 
 _VERDICTS, _SETTINGS = "verdicts.jsonl", "settings.json"
@@ -91,8 +93,12 @@ class RunFolder:
         if judged is not None:
             verdicts = [[Verdict(**picture["verdict"]) for picture in row["pictures"]] for row in rows]
             tasks = scores(judged, verdicts)
+            if self.settings["candidates"] > 1 and not self.settings["curve"]:  # pictures come best first
+                summary["best_alone"] = scores(judged, [own[:1] for own in verdicts])
             summary |= {"detector_accuracy": dict(detector), "overall": tasks.pop("overall"), "tasks": tasks}
             rows = [{**row, "task": prompt.task} for row, prompt in zip(rows, judged, strict=True)]
+        if self.settings["curve"]:
+            summary["curve"] = _curves(rows, judged is not None)
         self._write("report.json", json.dumps({**summary, "pictures": rows}, indent=1) + "\n")
         self._write("report.html", _page(summary, rows))
         return summary
@@ -102,6 +108,39 @@ class RunFolder:
             (self.folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(f"{self.folder / name} cannot be written ({error}).") from error
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], judged: bool) -> dict[str, list[dict[str, float]]]:
+    """What the best of N candidates by CLIP's score are worth: that score, and where judged the share of right ones."""
+    score = torch.tensor([[picture["score"] for picture in row["pictures"]] for row in rows])
+    curves = {"clip_score": best_of_n_curve(score)}
+    if not judged:
+        return curves
+    right = torch.tensor([[float(picture["verdict"]["right"]) for picture in row["pictures"]] for row in rows])
+    return {"composition": best_of_n_curve(score, right), **curves}
+
+
+def add_to_summary(path: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Put the figures of judged runs into a JSON list, in place of those of the same pipeline, candidates and seed.
+
+    Raises InputError where the file is no such list or cannot be written.
+    """
+    names = ("pipeline", "candidates", "seed")
+    added = [
+        {key: each[key] for key in (*names, "objects", "prompts", "detector_accuracy", "tasks", "overall")}
+        | {key: each[key] for key in ("best_alone", "clip_score") if key in each}
+        for each in summaries
+        if "tasks" in each
+    ]
+    new = {tuple(each[name] for name in names) for each in added}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        if not isinstance(kept, list):
+            raise TypeError("it holds no list")
+        kept = [each for each in kept if tuple(each[name] for name in names) not in new]
+        path.write_text(json.dumps([*kept, *added], indent=1) + "\n", encoding="utf-8")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} cannot be used for the summary ({error}); name another --summary.") from error
 
 
 def record(verdict: Verdict | None, score: float | None, seed: int) -> dict[str, Any]:
