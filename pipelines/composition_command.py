@@ -38,9 +38,7 @@ def evaluate_family(
     ] = "common",
     curve: Annotated[
         bool,
-        typer.Option(
-            "--curve", help="Judge every candidate, before upsampling: what the best of 1, 2, 4 ... are."
-        ),
+        typer.Option("--curve", help="Judge every candidate, before upsampling: what the best of 1, 2, 4 ... are."),
     ] = False,
     summary: Annotated[
         Path | None, typer.Option(help="JSON list that the figures are added to.", show_default=False)

@@ -1,4 +1,4 @@
-"""The verbs that measure: `genpipe evaluate FAMILY`, and of a CLIP `genpipe evaluate zero-shot | retrieval | clip`."""
+"""The verbs that measure: `genpipe evaluate FAMILY | distance`, and of a CLIP `... zero-shot | retrieval | clip`."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,7 @@ from pipelines.classify_commands import (
     refuse_double,
 )
 from pipelines.composition_command import evaluate_family
+from pipelines.distance_command import evaluate_distance
 from pipelines.options import ClipOption, DeviceOption, JsonOption
 from pipelines.terminal import moving, progress_bar, say, show
 
@@ -37,11 +38,12 @@ class _FamilyByDefault(TyperGroup):
 
 evaluate = typer.Typer(
     cls=_FamilyByDefault,
-    help="Measure a family's pictures (genpipe evaluate FAMILY), or a CLIP.",
+    help="Measure a family's pictures (genpipe evaluate FAMILY), folders of pictures (distance), or a CLIP.",
     no_args_is_help=True,
     context_settings={"help_option_names": _HELP_OPTIONS},
 )
 evaluate.command(_FAMILY)(evaluate_family)
+evaluate.command("distance")(evaluate_distance)
 
 
 def register(app: typer.Typer) -> None:

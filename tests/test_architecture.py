@@ -52,6 +52,7 @@ FLAGS = {
     "evaluate family": {
         "--pipeline", "--candidates", "--per-task", "--prompts", "--seed", "--out", "--device", "--json",
     },
+    "evaluate distance": {"--features", "--k", "--one-each", "--inception", "--device", "--json"},
     "evaluate retrieval": {"--clip", "--count", "--device", "--json"},
     "evaluate clip": {"--clip", "--family", "--count", "--seed", "--device", "--json"},
 }  # fmt: skip

@@ -19,6 +19,8 @@ from genpipe.data.scenes import EmojiScenes, find_font
 from genpipe.errors import InputError
 from genpipe.evaluation.best_of_n import best_of_n_curve, check_matplotlib, plot_curve
 from genpipe.evaluation.clip import TWIN_KINDS, embed_pairs, retrieval_accuracy, twin_accuracy
+from genpipe.evaluation.composition import load_detector
+from genpipe.evaluation.detector import SceneDetector
 from genpipe.evaluation.prior import prior_figures
 from genpipe.evaluation.reconstruction import reconstruction_figures
 from genpipe.evaluation.upsampling import upsampling_figures
@@ -26,10 +28,12 @@ from genpipe.images import to_unit
 from genpipe.parts import load_part
 
 
-def dvae_figures(dvae: DVAE, scenes: EmojiScenes, count: int) -> dict[str, float]:
-    """Reconstruction of `count` held-out scenes and the use of the code book."""
+def dvae_figures(
+    dvae: DVAE, scenes: EmojiScenes, count: int, detector: SceneDetector | None = None
+) -> dict[str, float]:
+    """Reconstruction of `count` held-out scenes, as the detector sees it too, and the use of the code book."""
     pictures, _ = scenes.batch(0, count)
-    return reconstruction_figures(dvae, to_unit(pictures))
+    return reconstruction_figures(dvae, to_unit(pictures), detector=detector)
 
 
 def clip_figures(clip: CLIP, scenes: EmojiScenes, count: int) -> dict[str, float]:
@@ -80,6 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder {arguments.out} cannot be used ({error}); choose another --out.") from error
+    detector = load_detector()
     clip = load_part(CLIP, arguments.family / "clip")
     dvae = load_part(DVAE, arguments.family / "dvae")
     transformer = load_part(DALLE1Transformer, arguments.family / "transformer")
@@ -88,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         clip, dvae, transformer, scenes, arguments.prompts, arguments.candidates, arguments.guidance
     )
     figures: dict[str, object] = {
-        "dvae": dvae_figures(dvae, scenes, arguments.count),
+        "dvae": dvae_figures(dvae, scenes, arguments.count, detector),
         "clip": clip_figures(clip, scenes, arguments.count),
         "best_of_n": {"guidance": arguments.guidance, "real_scenes": real, "curve": curve},
     }
@@ -100,7 +105,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         upsampler = load_part(Upsampler, arguments.family / "upsampler")
         side, count = scenes.size * upsampler.config.factor, min(arguments.count, 100)
         large = to_unit(EmojiScenes(size=side, split="heldout").batch(0, count)[0])
-        figures["upsampler"] = upsampling_figures(upsampler, large, range(count))
+        figures["upsampler"] = upsampling_figures(upsampler, large, range(count), detector=detector)
     try:
         (arguments.out / "figures.json").write_text(json.dumps(figures, indent=1))
         plot_curve(curve, arguments.out / "best_of_n.png", real)

@@ -19,6 +19,7 @@ from genpipe.errors import InputError
 from genpipe.images import resize
 
 CELL = 4  # pixels
+STRIDE = 4 * CELL  # pixels of a cell of the coarsest level
 _GROUPS = 8
 
 
@@ -63,9 +64,9 @@ class SceneDetector(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, names: list[str], size: int = 64, width: int = 64) -> None:
         super().__init__()
-        if size % (4 * CELL) or width % _GROUPS or not names:
+        if size % STRIDE or width % _GROUPS or not names:
             raise InputError(
-                f"a detector needs names, a size that is a multiple of {4 * CELL} and a width of {_GROUPS}, not "
+                f"a detector needs names, a size that is a multiple of {STRIDE} and a width of {_GROUPS}, not "
                 f"{size} and {width}."
             )
         wide = 2 * width
@@ -85,13 +86,32 @@ class SceneDetector(ModelMixin, ConfigMixin):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, S, S) in [0, 1] -> logits of centres (B, G, G) and of kinds (B, K, G, G)."""
+        fine = self.maps(pixels)[-1]
+        return self.centre(fine)[:, 0], self.kind(fine)
+
+    def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pixels (B, 3, S, S) in [0, 1] -> its inner maps, in the order in which they come about.
+
+        Fine (B, W, G, G), middle (B, 2 W, G / 2, G / 2), coarse (B, 2 W, G / 4, G / 4); last, the fine one that knows
+        of all levels (B, W, G, G).
+        """
         x = F.pixel_unshuffle(2 * pixels - 1, CELL).contiguous(memory_format=torch.channels_last)
         fine = self.fine(self.stem(x))  # B, W, G, G
         middle = self.middle(self.down(fine))
         coarse = self.coarse(self.down_again(middle))
-        middle = middle + F.interpolate(self.up(coarse), scale_factor=2.0, mode="nearest")
-        fine = self.last(fine + F.interpolate(self.up_again(middle), scale_factor=2.0, mode="nearest"))
-        return self.centre(fine)[:, 0], self.kind(fine)
+        merged = middle + F.interpolate(self.up(coarse), scale_factor=2.0, mode="nearest")
+        last = self.last(fine + F.interpolate(self.up_again(merged), scale_factor=2.0, mode="nearest"))
+        return fine, middle, coarse, last
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, S, S) in [0, 1] -> (B, 2 W): mean and largest value of each channel of the last map.
+
+        Of the maps tried, the one that tells changed pictures from real ones best, beside what two sets of real ones
+        differ by.
+        """
+        last = self.maps(pixels)[-1]
+        return torch.cat([last.mean(dim=(2, 3)), last.amax(dim=(2, 3))], dim=1)
 
     @torch.no_grad()
     def detect(self, pixels: Tensor, threshold: float = 0.3) -> list[list[Detection]]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from genpipe.dalle2.upsampler import Upsampler, upsample
+from genpipe.evaluation.detector import SceneDetector
+from genpipe.evaluation.feature_distance import feature_distance
 from genpipe.evaluation.reconstruction import psnr
 from genpipe.images import resize
 
@@ -35,21 +37,30 @@ def shrink(model: Upsampler, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def upsampling_figures(
-    model: Upsampler, pixels: Tensor, seeds: Sequence[int], num_inference_steps: int | None = None
+    model: Upsampler,
+    pixels: Tensor,
+    seeds: Sequence[int],
+    num_inference_steps: int | None = None,
+    detector: SceneDetector | None = None,
 ) -> dict[str, float]:
     """Pictures (B, 3, f h, f w) in [0, 1], shrunk and drawn large again.
 
-    psnr, sharpness: against the pictures, of the drawn ones and (`_bicubic`, or whatever the model's resize is) of
-    those that were merely enlarged; colour: `colour_difference` to the small ones.
+    psnr, sharpness, and with a detector feature_distance: against the pictures, of the drawn ones and (`_bicubic`, or
+    whatever the model's resize is) of those that were merely enlarged; colour: `colour_difference` to the small ones.
     """
     low = shrink(model, pixels)
     drawn = upsample(model, low, seeds, num_inference_steps)
     plain = model.enlarge(low).clamp(0, 1)
     mode = model.config.resize_mode
+    looks = {}
+    if detector is not None:
+        looks["feature_distance"] = float(feature_distance(detector, pixels, drawn).mean())
+        looks[f"feature_distance_{mode}"] = float(feature_distance(detector, pixels, plain).mean())
     return {
         "psnr": float(psnr(pixels, drawn).mean()),
         f"psnr_{mode}": float(psnr(pixels, plain).mean()),
         "sharpness": sharpness(drawn, pixels),
         f"sharpness_{mode}": sharpness(plain, pixels),
         "colour": colour_difference(drawn, low),
+        **looks,
     }
