@@ -50,7 +50,8 @@ FLAGS = {
         "--json",
     },
     "evaluate family": {
-        "--pipeline", "--candidates", "--per-task", "--prompts", "--seed", "--out", "--device", "--json",
+        "--pipeline", "--candidates", "--per-task", "--prompts", "--objects", "--curve", "--summary", "--seed",
+        "--out", "--device", "--json",
     },
     "evaluate distance": {"--features", "--k", "--one-each", "--inception", "--device", "--json"},
     "evaluate retrieval": {"--clip", "--count", "--device", "--json"},
