@@ -18,7 +18,7 @@ CELL = 128  # pixels of a picture in the grid
 
 def held_out_prompts() -> list[str]:
     """One prompt for each entry of KINDS: the first held-out scene of that kind or relation that was not used yet."""
-    scenes = EmojiScenes(split="heldout")
+    scenes = EmojiScenes(split="heldout", objects="common")
     wanted, prompts, index = list(KINDS), {}, 0
     while wanted:
         scene = scenes.scene(index)

@@ -54,7 +54,7 @@ def main() -> None:
     make_grid(pictures, columns=len(prompts), labels=labels, scale=max(1, CELL // pictures[0].width)).save(
         arguments.out
     )
-    scenes = EmojiScenes(split="heldout")
+    scenes = EmojiScenes(split="heldout", objects="common")
     for mode in MODES:
         for kind in KINDS if arguments.count else ():
             twins = [scenes.twins(2000 + i, kind=kind) for i in range(arguments.count)]

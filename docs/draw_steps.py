@@ -37,7 +37,7 @@ def main() -> None:
         arguments.out
     )
     if arguments.scores:
-        scenes = EmojiScenes(split="heldout")
+        scenes = EmojiScenes(split="heldout", objects="common")
         captions = [
             scenes.caption(scenes.scene(i), np.random.default_rng(i), True)
             for i in range(1000, 1000 + arguments.scores)

@@ -19,6 +19,7 @@ RECIPE_OF_PART = {
     "decoder": "decoder",
     "upsampler": "upsampler",
 }
+READERS = ("clip", "transformer", "prior", "decoder")  # parts that read captions
 
 
 def part_folders(runs: Path, given: Mapping[str, Path | None]) -> dict[str, Path]:
@@ -77,6 +78,15 @@ def _source_of(folder: Path) -> str:
     return "unknown"
 
 
+def _styled(folder: Path) -> bool:
+    """Whether a part was trained on scenes whose objects have attributes, as the recipe of its run says."""
+    try:
+        recipe: Any = json.loads((folder.parent / "recipe.json").read_text(encoding="utf-8"))
+        return bool(recipe["data"]["styles"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def assemble(
     folder: Path,
     folders: Mapping[str, Path],
@@ -108,5 +118,5 @@ def assemble(
     drawing = parts.get("dvae") or parts["decoder"]
     whole = {**info, "resolution": drawing.config.resolution, "trained_on": ", ".join(sources)}
     if sources == ["scenes"]:
-        whole["words"] = known_words()
+        whole["words"] = known_words(styles=all(_styled(folders[part]) for part in READERS if part in folders))
     save_family(folder, parts, whole, card=card, replace=replace)

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from genpipe.data.layout import INVERSE, MAX_COUNT, Relation, Scene
+from genpipe.data.styles import ATTRIBUTES, named
 from genpipe.data.vocabulary import Noun, split_words, vocabulary
 
 Name = TypeVar("Name")
@@ -129,8 +130,8 @@ def _related(scene: Scene, wording: Wording, state_relation: bool, plain_share: 
     numbers = (wording.earlier_name, wording.later_name)
     if first > second:
         numbers = (numbers[1], numbers[0])
-    a = _one(_pick_name(objects[first].names, numbers[0]))
-    b = _one(_pick_name(objects[second].names, numbers[1]))
+    a = _one(named(_pick_name(objects[first].names, numbers[0]), scene.attribute_of(first)))
+    b = _one(named(_pick_name(objects[second].names, numbers[1]), scene.attribute_of(second)))
     form = _pick(_FORMS, wording.form * (_FORMS_WITH_RELATION_SHARE if state_relation else 1.0))
     if form == "relation":
         if (wording.plain < plain_share) == (scene.relation in _PLAIN_RELATIONS):
@@ -157,8 +158,9 @@ def write_caption(
     if scene.kind == "pair":
         thing = _related(scene, wording, state_relation, plain_share)
     else:
-        noun = _pick_name(vocabulary().objects[scene.objects[0]].names, wording.earlier_name)
-        thing = _counted(scene, noun, wording)
+        name = scene.objects[0]
+        noun = _pick_name(vocabulary().objects[name].names, wording.earlier_name)
+        thing = _counted(scene, named(noun, scene.attribute_of(name)), wording)
     mention = wording.mention < MENTION_SHARE if mention_background is None else mention_background
     frame = _pick(_FRAMES if mention else _FRAMES_WITHOUT_BACKGROUND, wording.frame)
     article, colour = _pick_name(vocabulary().backgrounds[scene.background].names, wording.background_name)
@@ -172,7 +174,7 @@ def write_caption(
 
 
 @functools.cache
-def _all_words() -> tuple[str, ...]:
+def _all_words(styles: bool) -> tuple[str, ...]:
     tables = (_FRAMES, _FRAMES_WITHOUT_BACKGROUND, _PREFIXES, _ON, _FORMS[3:], *_SIZES.values(), *_RELATIONS.values())
     texts = [re.sub(r"{\w+}", " ", text) for table in tables for _, text in table]
     texts += [*_THERE, *_NUMBERS, *map(str, range(2, MAX_COUNT + 1)), "a", "an", "and"]
@@ -180,9 +182,14 @@ def _all_words() -> tuple[str, ...]:
     for words in vocabulary().objects.values():
         texts += [text for noun in words.names for text in (noun.name, noun.plural)]
     texts += [name for background in vocabulary().backgrounds.values() for _, name in background.names]
+    for noun in [named(Noun("a", "a", "a"), attribute) for attribute in ATTRIBUTES if styles]:
+        texts += [noun.name, noun.plural]
     return tuple(sorted({word for text in texts for word in split_words(text)}))
 
 
-def known_words() -> list[str]:
-    """Every lower-case word that a caption of an emoji scene can contain, sorted; words as `split_words` cuts them."""
-    return list(_all_words())
+def known_words(styles: bool = False) -> list[str]:
+    """Every lower-case word that a caption of an emoji scene can contain, sorted; words as `split_words` cuts them.
+
+    styles: of scenes whose objects have attributes.
+    """
+    return list(_all_words(styles))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from genpipe.data.styles import line_drawing, restyled
 from genpipe.errors import InputError
 
 FONT_VARIABLE = "GENPIPE_EMOJI_FONT"
@@ -63,7 +64,7 @@ class Glyphs:
     def _reset(self) -> None:
         self._face: ImageFont.FreeTypeFont | None = None
         self._bitmaps: dict[str, Image.Image] = {}
-        self._scaled: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._scaled: dict[tuple[str, int, str | None], tuple[np.ndarray, np.ndarray]] = {}
         self._cached_bytes = 0
 
     def __getstate__(self) -> dict:
@@ -98,15 +99,25 @@ class Glyphs:
             self._bitmaps[glyph] = found
         return found
 
-    def scaled(self, glyph: str, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pair (colour, keep) of the glyph, its longer side `side` pixels, its aspect kept. Read-only: shared."""
-        key = (glyph, side)
+    def _lines(self, glyph: str) -> Image.Image:
+        """The glyph's line drawing, made once."""
+        key = f"{glyph} sketch"
+        if key not in self._bitmaps:
+            self._bitmaps[key] = line_drawing(self.bitmap(glyph))
+        return self._bitmaps[key]
+
+    def scaled(self, glyph: str, side: int, attribute: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The pair (colour, keep) of the glyph, its longer side `side` pixels, its aspect kept. Read-only: shared.
+
+        attribute: see `genpipe.data.styles`.
+        """
+        key = (glyph, side, attribute)
         found = self._scaled.get(key)
         if found is None:
-            bitmap = self.bitmap(glyph)
+            bitmap = self._lines(glyph) if attribute == "sketch" else self.bitmap(glyph)
             factor = side / max(bitmap.size)
             width, height = (max(1, round(length * factor)) for length in bitmap.size)
-            pixels = np.asarray(bitmap.resize((width, height), Image.Resampling.LANCZOS))
+            pixels = restyled(bitmap, (width, height), attribute)
             alpha = pixels[..., 3:]
             # Lanczos overshoots at edges: a colour above its alpha would overflow on a bright background.
             found = (np.minimum(pixels[..., :3], alpha), np.repeat(255 - alpha, 3, axis=2))

@@ -9,6 +9,7 @@ from typing import Literal
 Kind = Literal["single", "count", "pair"]
 Relation = Literal["left of", "right of", "above", "below"]
 SizeWord = Literal["small", "large"]
+Attributes = tuple[str | None, ...]  # see Scene
 
 RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below")
 INVERSE: dict[Relation, Relation] = {
@@ -18,6 +19,7 @@ INVERSE: dict[Relation, Relation] = {
     "below": "above",
 }
 MAX_COUNT = 4
+NUMBERS = 16  # uniform numbers drawn at once for a scene: more than any layout takes
 
 # Longer side of a glyph as a share of the picture, (lowest, highest). Several objects never touch a neighbour's cell.
 SINGLE_SIZES: dict[SizeWord | None, tuple[float, float]] = {
@@ -49,6 +51,7 @@ class Scene:
     objects: the one object's name, or the pair's two names; a pair reads "objects[0] relation objects[1]".
     size: "small" or "large" for a single object that is, None for the medium size and for the other kinds.
     colour: RGB, 0 to 255, of the background as drawn: the named colour, slightly varied.
+    attributes: of each of `objects`, one of genpipe.data.styles' or None for the emoji as it is; () where all are so.
     """
 
     kind: Kind
@@ -59,6 +62,11 @@ class Scene:
     size: SizeWord | None
     placements: tuple[Placement, ...]
     colour: tuple[int, int, int]
+    attributes: Attributes = ()
+
+    def attribute_of(self, name: str) -> str | None:
+        """The attribute of the object of this name."""
+        return dict(zip(self.objects, self.attributes, strict=False)).get(name)
 
 
 def _between(u: float, lowest: float, highest: float) -> float:

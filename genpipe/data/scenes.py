@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import operator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,18 +11,22 @@ import numpy as np
 
 from genpipe.data.captions import PLAIN_SHARE, Wording, known_words, write_caption
 from genpipe.data.glyphs import Glyphs, find_font
+from genpipe.data.holdout import holds_out, is_held_out
 from genpipe.data.layout import (
     MAX_COUNT,
+    NUMBERS,
     RELATIONS,
+    Attributes,
     Kind,
     Placement,
-    Relation,
     Scene,
     SizeWord,
     place_count,
     place_pair,
     place_single,
 )
+from genpipe.data.styles import draw_attributes, shows_on
+from genpipe.data.twins import recount, swap, turn
 from genpipe.data.vocabulary import split_words, vocabulary
 from genpipe.errors import InputError
 
@@ -49,39 +51,10 @@ _SIZES: tuple[SizeWord | None, ...] = (None, None, "small", "large")
 _SMALLEST_PICTURE, _LARGEST_PICTURE = 8, 2048
 _RECOLOURED_SHARE = 0.35  # of twins whose kind is left open; scenes that allow nothing else come on top
 _COLOUR_JITTER = 8  # levels, of 255, to either side of a background's named colour
-_NUMBERS = 16  # uniform numbers drawn at once for a scene: more than any layout takes
-
-_TURNED: dict[Relation, Relation] = {
-    "left of": "above",
-    "above": "left of",
-    "right of": "below",
-    "below": "right of",
-}
+_STYLED_SHARE = 0.5  # of objects that have an attribute, where there are styles
 
 # Independent streams of random numbers of one index.
-_SCENE, _CAPTION, _TWIN, _OTHER_SCENE = range(4)
-
-
-@functools.cache
-def _is_combination_held_out(first: str, second: str) -> bool:
-    digest = hashlib.sha256(f"genpipe emoji scenes 1: {first} + {second}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 10 == 0
-
-
-def _holds_out(objects: tuple[str, ...], background: str) -> bool:
-    if len(objects) == 2 and _is_combination_held_out(*sorted(objects)):
-        return True
-    return any(_is_combination_held_out(name, f"{background} background") for name in objects)
-
-
-def is_held_out(scene: Scene) -> bool:
-    """Whether a scene shows a combination that is kept out of training: the one definition of the hold-out.
-
-    A tenth of all (object, background) combinations and a tenth of all unordered (object, object) combinations are
-    held out, by a hash (SHA-256) of their names: the same on every computer, and unchanged for old combinations when
-    the vocabulary grows. A scene is held out when at least one of its combinations is.
-    """
-    return _holds_out(scene.objects, scene.background)
+_SCENE, _CAPTION, _TWIN, _OTHER_SCENE, _STYLE, _OTHER_STYLE = range(6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +108,8 @@ class EmojiScenes:
     split: "train" (no held-out combination), "heldout" (at least one in each scene) or "all"; see `is_held_out`.
     seed: whole number, zero or more.
     objects: "all", or "common" for the few that differ much in shape and colour; see the vocabulary.
+    styles: half of the objects have an attribute, which captions name and some of which are held out with some objects:
+        a sketch, a silhouette, pixel art or another colour; see `genpipe.data.styles`.
     plain_share: how often a place is told by "left of" or "above" rather than by "right of" or "below", in [0, 1].
     Raises InputError for arguments outside these limits. Instances hold no random state: they can be pickled, shared
     between worker processes and asked in any order.
@@ -148,6 +123,7 @@ class EmojiScenes:
         seed: int = 0,
         plain_share: float = PLAIN_SHARE,
         objects: Objects = "all",
+        styles: bool = False,
     ):
         self.size = _whole_number(size, "The size of a scene in pixels", _SMALLEST_PICTURE, _LARGEST_PICTURE)
         self.seed = _whole_number(seed, "The seed of the scenes", 0)
@@ -161,6 +137,7 @@ class EmojiScenes:
         self.plain_share = plain_share
         self.objects = tuple(name for name, words in vocabulary().objects.items() if words.common or objects == "all")
         self.backgrounds = tuple(vocabulary().backgrounds)
+        self.styles = styles
         self._glyphs = Glyphs(font)
 
     def _generator(self, index: int, stream: int) -> np.random.Generator:
@@ -169,30 +146,36 @@ class EmojiScenes:
 
     def scene(self, index: int) -> Scene:
         """Scene number `index` (0, 1, 2, ... without end). Raises InputError for a negative index."""
-        return self._sample(self._generator(index, _SCENE))
+        return self._sample(self._generator(index, _SCENE), self._generator(index, _STYLE))
 
-    def _sample(self, generator: np.random.Generator, asked: Kind | None = None) -> Scene:
+    def _sample(
+        self, generator: np.random.Generator, style_generator: np.random.Generator, asked: Kind | None = None
+    ) -> Scene:
         """Draw a scene: its kind first, then combinations until the split allows one, so that kinds keep shares."""
-        kind_number, detail, *rest = generator.random(_NUMBERS).tolist()
+        kind_number, detail, *rest = generator.random(NUMBERS).tolist()
         numbers = iter(rest)
         kind: Kind = next(name for name, end in _KIND_ENDS if kind_number < end)
         if asked is not None:
             kind = asked
-        objects, background, jitter = self._combine(generator, kind)
+        objects, attributes, background, jitter = self._combine(generator, style_generator, kind)
         colour = self._vary(background, jitter)
         if kind == "pair":
             relation = RELATIONS[int(detail * len(RELATIONS))]
             placements = place_pair((objects[0], objects[1]), relation, numbers)
-            return Scene(kind, objects, 1, background, relation, None, placements, colour)
+            return Scene(kind, objects, 1, background, relation, None, placements, colour, attributes)
         if kind == "count":
             count = 2 + int(detail * (MAX_COUNT - 1))
             placements = place_count(objects[0], count, numbers)
-            return Scene(kind, objects, count, background, None, None, placements, colour)
+            return Scene(kind, objects, count, background, None, None, placements, colour, attributes)
         size = _SIZES[int(detail * len(_SIZES))]
-        return Scene(kind, objects, 1, background, None, size, place_single(objects[0], size, numbers), colour)
+        placements = place_single(objects[0], size, numbers)
+        return Scene(kind, objects, 1, background, None, size, placements, colour, attributes)
 
-    def _combine(self, generator: np.random.Generator, kind: Kind) -> tuple[tuple[str, ...], str, list[float]]:
-        """Objects and background on the split's side of the hold-out, and three more uniform numbers."""
+    def _combine(
+        self, generator: np.random.Generator, style_generator: np.random.Generator, kind: Kind
+    ) -> tuple[tuple[str, ...], Attributes, str, list[float]]:
+        """Objects, attributes and background on the split's side of the hold-out, and three more uniform numbers."""
+        styled = style_generator.random(2 if kind == "pair" else 1) < _STYLED_SHARE if self.styles else ()
         while True:
             first, second, third, *more = generator.random(6).tolist()
             objects: tuple[str, ...] = (_choice(self.objects, first),)
@@ -201,8 +184,11 @@ class EmojiScenes:
                 if objects[0] == objects[1]:
                     continue
             background = _choice(self.backgrounds, third)
-            if self.split == "all" or _holds_out(objects, background) == (self.split == "heldout"):
-                return objects, background, more
+            attributes = draw_attributes(styled, style_generator)
+            if not all(shows_on(attribute, background) for attribute in attributes):
+                continue
+            if self.split == "all" or holds_out(objects, background, attributes) == (self.split == "heldout"):
+                return objects, attributes, background, more
 
     def _vary(self, background: str, numbers: list[float]) -> tuple[int, int, int]:
         """The background's colour, each channel moved a little; the extremes are clipped."""
@@ -217,7 +203,7 @@ class EmojiScenes:
         """The picture of a scene, uint8 (size, size, 3), RGB.
 
         Objects are upright, whole and inside the picture; sizes and places are rounded to whole pixels. Raises
-        InputError when the font is missing or an object is not in the vocabulary.
+        InputError when the font is missing, an object is not in the vocabulary or an attribute not among the styles.
         """
         side = self.size
         pixels = np.empty((side, side, 3), dtype=np.uint8)
@@ -226,7 +212,8 @@ class EmojiScenes:
             words = vocabulary().objects.get(placement.object)
             if words is None:
                 raise InputError(f"There is no object {placement.object!r} in the emoji scenes' vocabulary.")
-            colour, keep = self._glyphs.scaled(words.glyph, min(max(round(placement.size * side), 1), side))
+            longer = min(max(round(placement.size * side), 1), side)
+            colour, keep = self._glyphs.scaled(words.glyph, longer, scene.attribute_of(placement.object))
             height, width = keep.shape[:2]
             left = min(max(round(placement.x * side - width / 2), 0), side - width)
             top = min(max(round(placement.y * side - height / 2), 0), side - height)
@@ -275,15 +262,10 @@ class EmojiScenes:
             if recolour_number < _RECOLOURED_SHARE:
                 kind = "recoloured"
         elif kind in ("swapped", "turned") and scene.kind != "pair":
-            scene = self._sample(self._generator(index, _OTHER_SCENE), "pair")
+            scene = self._other_scene(index, "pair")
         elif kind == "recounted" and not may_recount:
-            scene = self._sample(self._generator(index, _OTHER_SCENE), "count")
-        change = {
-            "swapped": self._swap,
-            "recounted": self._recount,
-            "recoloured": self._recolour,
-            "turned": self._turn,
-        }
+            scene = self._other_scene(index, "count")
+        change = {"swapped": swap, "recounted": recount, "recoloured": self._recolour, "turned": turn}
         twin_scene = change[kind](scene, generator)
         wording = Wording.draw(generator)
         mention = True if kind == "recoloured" else None
@@ -293,42 +275,17 @@ class EmojiScenes:
         )
         return Twins(kind, scene, twin_scene, caption, twin_caption, self.draw(scene), self.draw(twin_scene))
 
-    def _swap(self, scene: Scene, generator: np.random.Generator) -> Scene:
-        """The pair's objects exchanged: each takes the other's place and size."""
-        first, second = scene.placements
-        exchanged = (
-            Placement(second.object, first.x, first.y, first.size),
-            Placement(first.object, second.x, second.y, second.size),
-        )
-        return replace(scene, objects=scene.objects[::-1], placements=exchanged)
-
-    def _turn(self, scene: Scene, generator: np.random.Generator) -> Scene:
-        """The same pair along the other axis, in a new layout on the same background.
-
-        What came first comes first again, so that captions of one wording name the two in the same order.
-        """
-        assert scene.relation is not None
-        relation = _TURNED[scene.relation]
-        numbers = iter(generator.random(_NUMBERS).tolist())
-        placements = place_pair((scene.objects[0], scene.objects[1]), relation, numbers)
-        return replace(scene, relation=relation, placements=placements)
-
-    def _recount(self, scene: Scene, generator: np.random.Generator) -> Scene:
-        """Another number of the object, 1 to 4, in a new layout on the same background."""
-        numbers = iter(generator.random(_NUMBERS).tolist())
-        others = [count for count in range(1, MAX_COUNT + 1) if count != scene.count]
-        count = others[int(next(numbers) * len(others))]
-        name = scene.objects[0]
-        if count == 1:
-            return replace(scene, kind="single", count=1, placements=place_single(name, None, numbers))
-        return replace(scene, kind="count", count=count, placements=place_count(name, count, numbers))
+    def _other_scene(self, index: int, kind: Kind) -> Scene:
+        return self._sample(self._generator(index, _OTHER_SCENE), self._generator(index, _OTHER_STYLE), kind)
 
     def _recolour(self, scene: Scene, generator: np.random.Generator) -> Scene:
         """Another background under the same objects; in training, one that is not held out with any of them."""
         others = tuple(
             name
             for name in self.backgrounds
-            if name != scene.background and not (self.split == "train" and _holds_out(scene.objects, name))
+            if name != scene.background
+            and all(shows_on(attribute, name) for attribute in scene.attributes)
+            and not (self.split == "train" and holds_out(scene.objects, name))
         )
         choice, *jitter = generator.random(4).tolist()
         background = _choice(others, choice)

@@ -23,6 +23,7 @@ class DataConfig:
         pairs of four from the first, however large either is, and reads the smaller one more often.
     size: side of the training picture in pixels.
     objects: of emoji scenes, "all" or the "common" ones alone, which the small models have time to learn.
+    styles: of emoji scenes: half of the objects are a sketch, a silhouette, pixel art or of another colour.
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
     seed: of the data order.
     workers: processes that prepare batches; 0 prepares them in the training process.
@@ -42,6 +43,7 @@ class DataConfig:
     source: str = "scenes"
     size: int = 32
     objects: str = "all"
+    styles: bool = False
     split: str = "train"
     seed: int = 0
     workers: int = 0

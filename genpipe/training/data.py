@@ -55,6 +55,7 @@ def emoji_scenes(data: DataConfig, split: str, plain_share: float = PLAIN_SHARE)
         seed=data.seed,
         plain_share=plain_share,
         objects=cast(Objects, data.objects),
+        styles=data.styles,
     )
 
 

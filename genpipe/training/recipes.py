@@ -16,6 +16,7 @@ from genpipe.training.dalle2_recipes import (
     upsampler_paper_1,
     upsampler_paper_2,
 )
+from genpipe.training.large_recipes import clip_64, dalle1_64, decoder_64, dvae_64, prior_64, upsampler_256
 
 
 def dvae() -> Recipe:
@@ -237,6 +238,12 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "upsampler": upsampler,
     "image-text": image_text,
     "detector": detector,
+    "dvae-64": dvae_64,
+    "clip-64": clip_64,
+    "dalle1-64": dalle1_64,
+    "decoder-64": decoder_64,
+    "prior-64": prior_64,
+    "upsampler-256": upsampler_256,
     "dvae-paper": dvae_paper,
     "dalle1-paper": dalle1_paper,
     "prior-paper": prior_paper,
