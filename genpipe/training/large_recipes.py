@@ -131,7 +131,8 @@ def prior_64() -> Recipe:
 def decoder_64() -> Recipe:
     """DALL-E 2's decoder beside `clip-64`, 64 x 64 pictures folded to 32 x 32: 108.4 million parameters.
 
-    Hardware: one GPU with 80 GB, or run.accumulate=2 with half of the batch size and 40 GB. Computed, not run: 102 GFLOP per picture, 5.45 GPU-hours.
+    Hardware: one GPU with 80 GB, or run.accumulate=2 with half of the batch size and 40 GB. Computed, not run:
+    102 GFLOP per picture, 5.45 GPU-hours.
     """
     return Recipe(
         name="decoder-64",
