@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     clip = load_part(CLIP, arguments.family / "clip")
     dvae = load_part(DVAE, arguments.family / "dvae")
     transformer = load_part(DALLE1Transformer, arguments.family / "transformer")
-    scenes = EmojiScenes(size=dvae.config.resolution, split="heldout")
+    scenes = EmojiScenes(size=dvae.config.resolution, split="heldout", objects=arguments.objects)
     curve, real = best_of_figures(
         clip, dvae, transformer, scenes, arguments.prompts, arguments.candidates, arguments.guidance
     )
@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     if (arguments.family / "upsampler").is_dir():
         upsampler = load_part(Upsampler, arguments.family / "upsampler")
         side, count = scenes.size * upsampler.config.factor, min(arguments.count, 100)
-        large = to_unit(EmojiScenes(size=side, split="heldout").batch(0, count)[0])
+        large = to_unit(EmojiScenes(size=side, split="heldout", objects=arguments.objects).batch(0, count)[0])
         figures["upsampler"] = upsampling_figures(upsampler, large, range(count), detector=detector)
     try:
         (arguments.out / "figures.json").write_text(json.dumps(figures, indent=1))
@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="genpipe.evaluation", description="Measure a family on held-out scenes.")
     parser.add_argument("family", type=Path, help="folder with clip/, dvae/, transformer/; and prior/, upsampler/")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for figures.json and best_of_n.png")
+    parser.add_argument("--objects", choices=("common", "all"), default="common", help="of the scenes")
     parser.add_argument("--count", type=int, default=1000, help="held-out scenes for reconstruction and CLIP")
     parser.add_argument("--prompts", type=int, default=40, help="held-out prompts for the best-of-N curve")
     parser.add_argument("--candidates", type=int, default=64, help="candidates per prompt for the curve")
