@@ -93,11 +93,11 @@ class RunFolder:
         if judged is not None:
             verdicts = [[Verdict(**picture["verdict"]) for picture in row["pictures"]] for row in rows]
             tasks = scores(judged, verdicts)
-            if self.settings["candidates"] > 1 and not self.settings["curve"]:  # pictures come best first
+            if self.settings["candidates"] > 1 and not self.settings.get("curve"):  # pictures come best first
                 summary["best_alone"] = scores(judged, [own[:1] for own in verdicts])
             summary |= {"detector_accuracy": dict(detector), "overall": tasks.pop("overall"), "tasks": tasks}
             rows = [{**row, "task": prompt.task} for row, prompt in zip(rows, judged, strict=True)]
-        if self.settings["curve"]:
+        if self.settings.get("curve"):
             summary["curve"] = _curves(rows, judged is not None)
         self._write("report.json", json.dumps({**summary, "pictures": rows}, indent=1) + "\n")
         self._write("report.html", _page(summary, rows))
