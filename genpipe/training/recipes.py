@@ -23,7 +23,9 @@ def dvae() -> Recipe:
     """The family's dVAE: 32 x 32 pictures, 8 x 8 tokens of 1,024 codes.
 
     One core: 45 to 130 pictures/s, 10 to 25 minutes. Held-out scenes: 20.9 dB at step 400, 22.4 at 800, 22.9 at 1,200,
-    23.1 at 2,000; 127 of the codes unused on 256 scenes.
+    23.1 at 2,000; 127 of the codes unused on 256 scenes. The shipped weights went on from there with
+    optimizer.method=muon, optimizer.learning_rate=2e-3, objective.temperature=0.0625, objective.kl_weight=0 and batches
+    of 64, for 1,178 steps and then, with data.objects=common, for 1,122: 24.2 dB on common objects, 22.8 before.
     """
     return Recipe(
         name="dvae",
@@ -86,7 +88,9 @@ def dalle1() -> Recipe:
 
     One core: about 36 pictures/s, two: about 60; 80 minutes. Held-out image loss in nats per token: 2.77 at step 500,
     2.54 at 1,000, 2.32 at 2,000, 2.19 at 3,000, 2.12 at 4,000, 2.09 at 4,900, 2.03 at 6,400 (the learning rate was
-    raised once more after 4,900). It was still falling at the end.
+    raised once more after 4,900). It was still falling at the end. The shipped weights went on from there beside the
+    dVAE that had been trained on, with optimizer.method=muon, optimizer.learning_rate=1.2e-3, data.objects=common and
+    batches of 64: 2.24 at step 250, 2.03 at 500, 1.80 at 1,000, 1.69 at 1,850, 62 minutes of one core.
     """
     return Recipe(
         name="dalle1",
@@ -217,7 +221,12 @@ def dalle1_paper() -> Recipe:
 
 
 def detector() -> Recipe:
-    """The judge of the composition score: emoji strewn over 64 x 64 pictures, found by heat maps."""
+    """The judge of the composition score: emoji strewn over 64 x 64 pictures, found by heat maps; 1.8 million parameters.
+
+    One core: 50 pictures/s, 100 in bf16. Held-out scenes in which exactly what is there was seen, of one object, several
+    of a kind, two kinds: 0.47, 0.81, 0.72 at step 800; 0.75, 0.97, 0.85 at 1,200; 0.87, 0.99, 0.92 at 1,600. The
+    shipped weights went on with optimizer.method=muon and pictures of noise for 1,300 steps: 0.91, 0.98, 0.97.
+    """
     return Recipe(
         name="detector",
         stage="detector",
