@@ -224,8 +224,9 @@ def detector() -> Recipe:
     """The judge of the composition score: emoji strewn over 64 x 64 pictures, found by heat maps.
 
     1.8 million parameters. One core: 45 pictures/s, 100 in bf16. Held-out scenes in which exactly what is there was
-    seen, of one object, several of a kind, two kinds: 0.47, 0.81, 0.72 at step 800; 0.75, 0.97, 0.85 at 1,200; 0.87, 0.99, 0.92 at 1,600. The
-    shipped weights went on with optimizer.method=muon and pictures of noise for 1,300 steps: 0.91, 0.98, 0.97.
+    seen, of one object, several of a kind, two kinds: 0.47, 0.81, 0.72 at step 800; 0.75, 0.97, 0.85 at 1,200; 0.87,
+    0.99, 0.92 at 1,600. The shipped weights went on with optimizer.method=muon and pictures of noise for 1,300 steps:
+    0.91, 0.98, 0.97.
     """
     return Recipe(
         name="detector",
