@@ -23,7 +23,7 @@ from genpipe.training.config import DataConfig, OptimizerConfig, Recipe, RunConf
 from genpipe.training.early_stopping import EarlyStopping
 from genpipe.training.image_text_stage import ImageTextStage, held_out, load_starting_clip, tower_depths
 from genpipe.training.loop import Trainer
-from genpipe.training.optimizer import adamw, parameter_groups
+from genpipe.training.optimizer import make_optimizer, parameter_groups
 from genpipe.training.recipes import recipe
 
 
@@ -139,7 +139,7 @@ def test_the_rate_of_a_group_is_its_share_of_the_learning_rate(tiny_folder: Path
     before = load_part(CLIP, tiny_folder / "clip").towers.visual.conv1.weight
     moved = (trainer.stage.model.clip.towers.visual.conv1.weight - before).abs().max()
     assert 0 < moved <= 0.25 * peak * 1.1
-    plain = adamw(torch.nn.Linear(2, 2), OptimizerConfig())
+    plain = make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig())
     assert [(len(group["params"]), group["weight_decay"]) for group in plain.param_groups] == [(1, 1e-2), (1, 0.0)]
 
 
