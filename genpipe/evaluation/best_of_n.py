@@ -78,8 +78,9 @@ def plot_curves(
         for name, curve in curves.items():
             x, y, errors = ([point[key] for point in curve] for key in ("n", "score", "standard_error"))
             axes.errorbar(x, y, yerr=[_CONFIDENT * error for error in errors], marker="o", capsize=3, label=name)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(x, [str(int(n)) for n in x])
+        all_n = sorted({point["n"] for curve in curves.values() for point in curve})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(all_n, [str(int(n)) for n in all_n])
         if label in references:
             axes.axhline(references[label], linestyle="--", color="grey", label="real scenes")
         axes.set_xlabel("N candidates")
