@@ -34,10 +34,10 @@ STAGES = {
 }
 EXAMPLES = [
     "three strawberries on a white background",
-    "a penguin above a guitar on a grey background",
-    "two tigers on a red background",
+    "a penguin above a rocket on a grey background",
+    "two pandas on a red background",
     "a small rocket on a navy background",
-    "an owl left of a pineapple on a yellow background",
+    "a carrot left of a strawberry on a yellow background",
 ]
 MAX_CANDIDATES = 64
 PREVIEW_COLUMNS = 8

@@ -8,7 +8,7 @@ import typer
 
 from genpipe.errors import InputError
 from pipelines import request
-from pipelines.options import DeviceOption, JsonOption
+from pipelines.options import DeviceOption, JsonOption, ObjectsOption
 from pipelines.terminal import INTERRUPTED, Interrupt, polite_interrupt, progress_bar, say, show
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from genpipe.evaluation.composition import TaskPrompt
     from genpipe.evaluation.detector import SceneDetector
     from genpipe.evaluation.report import RunFolder
+    from pipelines.family_info import FamilyInfo
 
 PICTURES = 4  # of each prompt that are judged (2310.11513, 3)
 PROMPTS_AT_ONCE = 4
@@ -33,9 +34,7 @@ def evaluate_family(
         Path | None,
         typer.Option(help="Draw the lines of this text file instead; only CLIP judges.", show_default=False),
     ] = None,
-    objects: Annotated[
-        str, typer.Option(help="Of the prompts: common, the forty that small models learn, or all.")
-    ] = "common",
+    objects: ObjectsOption = "common",
     curve: Annotated[
         bool,
         typer.Option("--curve", help="Judge every candidate, before upsampling: what the best of 1, 2, 4 ... are."),
@@ -59,30 +58,29 @@ def evaluate_family(
     request.check_positive("The number of candidates", candidates)
     request.check_counts(max(candidates, PICTURES), PICTURES, seed, None)
     texts = None if prompts is None else prompts_of(prompts)
+    check_summary(summary, curve, texts is not None)
     from genpipe.evaluation.composition import detector_accuracy, load_detector, task_prompts
+    from genpipe.evaluation.summary import add_to_summary
+    from genpipe.identity import weights_identity
     from pipelines.family_info import describe_family
 
-    judged = task_prompts(per_task, seed, cast("Objects", objects)) if texts is None else None
+    kind = cast("Objects", objects)
+    judged = task_prompts(per_task, seed, kind) if texts is None else None
     described = describe_family(family)
     names = described.pipelines if pipeline is None else [pipeline]
     for name in names:
         described.check_has(name)
-    from genpipe.evaluation.report import RunFolder, add_to_summary
-
-    folders = {}
-    for name in names:
-        settings: dict[str, Any] = {
-            "family": described.name, "hash": described.hash_of(name), "pipeline": name, "candidates": candidates,
-            "seed": seed, "prompts": per_task if texts is None else texts,
-            "objects": objects if texts is None else None, "curve": curve,
-            "defaults": described.defaults.get(name, {}),
-        }  # fmt: skip
-        folders[name] = RunFolder(out / f"{name}-{candidates}{'-curve' if curve else ''}", settings)
+    detector = load_detector() if judged is not None else None
+    settings = {
+        "candidates": candidates, "seed": seed, "prompts": per_task if texts is None else texts,
+        "objects": objects if texts is None else None, "curve": curve,
+        "judge": None if detector is None else weights_identity(detector),
+    }  # fmt: skip
+    folders = {name: run_folder(out, described, name, settings) for name in names}
     from pipelines.devices import choose_device
     from pipelines.family import load_family
 
-    detector = load_detector() if judged is not None else None
-    accuracy = {} if detector is None else detector_accuracy(detector, objects=cast("Objects", objects))
+    accuracy = {} if detector is None else detector_accuracy(detector, objects=kind)
     loaded = load_family(described.folder, device=choose_device(device), pipelines=names)
     texts = texts or [each.prompt for each in judged or []]
     summaries = []
@@ -100,6 +98,28 @@ def evaluate_family(
     show(json.dumps(summaries, indent=2) if as_json else "\n".join(as_text(each) for each in summaries))
     if not as_json:
         show(f"reports: {', '.join(str(folder.folder / 'report.html') for folder in folders.values())}")
+
+
+def check_summary(path: Path | None, curve: bool, unjudged: bool) -> None:
+    """Raise InputError, before anything is drawn, for a summary that cannot be written or has nothing to say."""
+    from genpipe.evaluation.summary import read_summary
+
+    if path is None:
+        return
+    if curve or unjudged:
+        raise InputError("A summary holds the scores of kept pictures: give --summary without --curve and --prompts.")
+    read_summary(path)
+
+
+def run_folder(out: Path, family: "FamilyInfo", pipeline: str, settings: dict[str, Any]) -> "RunFolder":
+    """Where the report of one pipeline goes, for all that its pictures and verdicts depend on."""
+    from genpipe.evaluation.report import RunFolder
+
+    whole = {
+        "family": family.name, "hash": family.hash_of(pipeline), "pipeline": pipeline, **settings,
+        "defaults": family.defaults.get(pipeline, {}),
+    }  # fmt: skip
+    return RunFolder(out / f"{pipeline}-{settings['candidates']}{'-curve' if settings['curve'] else ''}", whole)
 
 
 def prompts_of(path: Path) -> list[str]:

@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from genpipe.errors import InputError
 from pipelines import request
-from pipelines.options import DeviceOption, JsonOption
+from pipelines.options import DeviceOption, JsonOption, ObjectsOption
 from pipelines.terminal import moving, progress_bar, say, show
 
 if TYPE_CHECKING:
+    from genpipe.data.scenes import Objects
     from genpipe.evaluation.features import Eye, FileFeatures
 
 SCENES = "scenes"
@@ -39,6 +40,7 @@ def evaluate_distance(
             "and its weights), or a CLIP as `genpipe rerank` takes it."
         ),
     ] = "judge",
+    objects: ObjectsOption = "common",
     k: Annotated[int, typer.Option(help="Neighbours that span the manifolds of precision and recall.")] = 3,
     one_each: Annotated[
         bool,
@@ -60,18 +62,19 @@ def evaluate_distance(
     """
     request.check_positive("The number of neighbours", k)
     scenes = real == SCENES and not Path(real).exists()
-    from genpipe.data.scenes import find_font
+    from genpipe.data.scenes import EmojiScenes, find_font
     from genpipe.images import find_pictures
 
     drawn_files = first_of_each(drawn) if one_each else find_pictures([_folder(drawn)])
     real_files = None if scenes else find_pictures([_folder(Path(real))])
     if scenes:
         find_font()
+        EmojiScenes(objects=cast("Objects", objects))  # others are refused before anything is looked at
     from genpipe.evaluation.distribution import distribution_figures
 
     warn_of_the_own_clip(features, drawn, drawn_files[0])
     eye = load_eye(features, inception, device)
-    ours, theirs = look_at_both(eye, drawn_files, real_files)
+    ours, theirs = look_at_both(eye, drawn_files, real_files, cast("Objects", objects))
     counts = {"drawn": len(ours.features), "real": len(theirs.features)}
     width = ours.features.shape[1]
     figures = distribution_figures(theirs.features, ours.features, k)
@@ -101,7 +104,9 @@ def as_text(document: dict[str, Any]) -> str:
     )
 
 
-def look_at_both(eye: "Eye", drawn: list[Path], real: list[Path] | None) -> "tuple[FileFeatures, FileFeatures]":
+def look_at_both(
+    eye: "Eye", drawn: list[Path], real: list[Path] | None, objects: "Objects"
+) -> "tuple[FileFeatures, FileFeatures]":
     """Features of drawn and of real pictures; real is None for emoji scenes. Names the files that cannot be read."""
     from genpipe.evaluation.features import FileFeatures, features_of_files, features_of_scenes
 
@@ -110,7 +115,7 @@ def look_at_both(eye: "Eye", drawn: list[Path], real: list[Path] | None) -> "tup
     with progress_bar("real pictures") as bar:
         if real is None:
             count = max(LEAST_SCENES, len(ours.features))
-            theirs = FileFeatures(features_of_scenes(eye, count, _side_of(drawn), moving(bar)), [])
+            theirs = FileFeatures(features_of_scenes(eye, count, _side_of(drawn), objects, moving(bar)), [])
         else:
             theirs = features_of_files(eye, real, moving(bar))
     for _, reason in [*ours.skipped, *theirs.skipped]:

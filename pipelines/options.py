@@ -11,6 +11,9 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, or an accelerator as
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")
 ]
+ObjectsOption = Annotated[
+    str, typer.Option(help="Of emoji scenes: common, the forty that small models have time to learn, or all.")
+]
 ClipOption = Annotated[
     str,
     typer.Option(

@@ -215,7 +215,7 @@ def test_examples_are_prompts_that_the_family_knows(tiny_family: Family) -> None
     def examples(words: list[str] | None) -> list[str]:
         return app.examples_for(dataclasses.replace(tiny_family, info={**tiny_family.info, "words": words}))
 
-    assert examples("two tigers on a red background".split()) == ["two tigers on a red background"]
+    assert examples("two pandas on a red background".split()) == ["two pandas on a red background"]
     assert examples(["tigers"]) == examples(None) == []
 
 

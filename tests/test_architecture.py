@@ -53,7 +53,7 @@ FLAGS = {
         "--pipeline", "--candidates", "--per-task", "--prompts", "--objects", "--curve", "--summary", "--seed",
         "--out", "--device", "--json",
     },
-    "evaluate distance": {"--features", "--k", "--one-each", "--inception", "--device", "--json"},
+    "evaluate distance": {"--features", "--objects", "--k", "--one-each", "--inception", "--device", "--json"},
     "evaluate retrieval": {"--clip", "--count", "--device", "--json"},
     "evaluate clip": {"--clip", "--family", "--count", "--seed", "--device", "--json"},
 }  # fmt: skip

@@ -32,8 +32,8 @@ def test_six_tasks_are_judged_and_a_second_call_draws_nothing_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
-    names = list(EmojiScenes().objects)
-    monkeypatch.setattr(composition, "load_detector", lambda: SceneDetector(names, size=32, width=8).eval())
+    judge = SceneDetector(list(EmojiScenes().objects), size=32, width=8).eval()
+    monkeypatch.setattr(composition, "load_detector", lambda: judge)
     accuracy = composition.detector_accuracy
     monkeypatch.setattr(composition, "detector_accuracy", lambda detector, objects: accuracy(detector, per_task=2))
     command = ("evaluate", tiny_folder, "--pipeline", "dalle1", "--per-task", 1, "--out", tmp_path / "out")
@@ -51,31 +51,57 @@ def test_six_tasks_are_judged_and_a_second_call_draws_nothing_again(
     assert report["objects"] == "common" and set(report["best_alone"]) == {*composition.TASKS, "overall"}
 
 
-def test_a_curve_judges_every_candidate_and_the_summary_is_kept(
-    run: Run,  # noqa: F811
-    tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    names = list(EmojiScenes().objects)
-    monkeypatch.setattr(composition, "load_detector", lambda: SceneDetector(names, size=32, width=8).eval())
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small judge in place of the shipped one."""
+    detector = SceneDetector(list(EmojiScenes().objects), size=32, width=8).eval()
+    monkeypatch.setattr(composition, "load_detector", lambda: detector)
     monkeypatch.setattr(composition, "detector_accuracy", lambda detector, objects: {"noise": 0.0})
-    summary = tmp_path / "composition.json"
+
+
+@pytest.mark.usefixtures("judge")
+def test_a_curve_judges_every_candidate(run: Run, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     command = ("evaluate", tiny_folder, "--pipeline", "dalle1", "--per-task", 1, "--out", tmp_path / "out", "--curve")
-    command = (*command, "--objects", "all", "--candidates", 6, "--summary", summary)
-    assert run(*command).code == 0
+    assert run(*command, "--candidates", 6).code == 0
     report = json.loads((tmp_path / "out" / "dalle1-6-curve" / "report.json").read_text())
     assert [len(row["pictures"]) for row in report["pictures"]] == [6] * 6
     clip = [point["score"] for point in report["curve"]["clip_score"]]
     assert clip[0] == pytest.approx(report["clip_score"]) and clip == sorted(clip) and len(clip) == 3
     assert report["curve"]["composition"][0]["score"] == pytest.approx(report["overall"])
-    assert run(*command).code == 0
+
+
+@pytest.mark.usefixtures("judge")
+def test_the_summary_keeps_one_entry_of_each_run(run: Run, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    summary = tmp_path / "composition.json"
+    command = ("evaluate", tiny_folder, "--pipeline", "dalle1", "--per-task", 1, "--candidates", 6)
+    command = (*command, "--summary", summary, "--out", tmp_path / "out")
+    assert run(*command, "--objects", "all").code == run(*command, "--objects", "all").code == 0
     (entry,) = json.loads(summary.read_text())
     assert (entry["pipeline"], entry["candidates"], entry["seed"], entry["prompts"]) == ("dalle1", 6, 0, 1)
     assert set(entry["tasks"]) == set(composition.TASKS) and entry["detector_accuracy"] == {"noise": 0.0}
-    summary.write_text("{}")
-    assert "cannot be used for the summary" in refused(run(*command))
+    assert run(*command[:-1], tmp_path / "common").code == 0
+    both = json.loads(summary.read_text())
+    assert both[0] == entry and [each["objects"] for each in both] == ["all", "common"]
+    assert "without --curve" in refused(run(*command, "--curve"))
     assert "must be one of all, common" in refused(run(*command, "--objects", "rare"))
+    for broken in ("{}", "[1]", "no JSON"):
+        summary.write_text(broken)
+        assert "cannot be used for the summary" in refused(run(*command))
+        assert summary.read_text() == broken
+
+
+@pytest.mark.usefixtures("judge")
+def test_verdicts_of_another_judge_are_not_mixed_in(
+    run: Run,  # noqa: F811
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ("evaluate", tiny_folder, "--pipeline", "dalle1", "--per-task", 1, "--out", tmp_path / "out")
+    assert run(*command, "--candidates", 1).code == 0
+    other = SceneDetector(list(EmojiScenes().objects), size=32, width=16).eval()
+    monkeypatch.setattr(composition, "load_detector", lambda: other)
+    assert "other settings" in refused(run(*command, "--candidates", 1))
 
 
 def test_what_is_refused(run: Run, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -10,7 +10,7 @@ from genpipe.data.scenes import EmojiScenes, Placement
 from genpipe.errors import InputError
 from genpipe.evaluation.detector import Detection, SceneDetector, detector_loss
 from genpipe.parts import load_part, save_part
-from genpipe.training.detector_stage import DetectorStage, exact_share, strewn, worsened
+from genpipe.training.detector_stage import DetectorStage, exact_share, noise, strewn, worsened
 from genpipe.training.recipes import recipe
 
 NAMES = ["cat", "dog", "boot"]
@@ -94,6 +94,17 @@ def test_strewn_objects_are_where_they_are_said_to_be() -> None:
     assert counts >= {0, 1, 2, 3}
     _, none = strewn(scenes, np.random.default_rng(3), scrambled=1.0)
     assert none == []
+
+
+def test_noise_has_any_grain_and_holds_nothing() -> None:
+    pictures = [noise(32, np.random.default_rng(seed)) for seed in range(40)]
+    assert all(p.shape == (32, 32, 3) and p.dtype == np.uint8 for p in pictures)
+    assert np.array_equal(pictures[3], noise(32, np.random.default_rng(3)))
+    steps = [np.abs(np.diff(p.astype(float), axis=0)).mean() / max(p.std(), 1) for p in pictures]
+    assert min(steps) < 0.2 < 0.7 < max(steps)  # from halves of the picture to single pixels
+    scenes = EmojiScenes(32, split="all")
+    there = [strewn(scenes, np.random.default_rng(seed), scrambled=1.0)[1] for seed in range(8)]
+    assert there == [[]] * 8  # noise, or objects of which none can be recognised
 
 
 def test_targets_mark_the_centre(stage: DetectorStage) -> None:

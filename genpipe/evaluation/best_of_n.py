@@ -53,13 +53,12 @@ def check_matplotlib() -> None:
         raise InputError("drawing curves needs matplotlib; install it with pip install matplotlib.")
 
 
-def plot_curve(
-    curve: list[dict[str, float]], path: Path, reference: float | None = None, label: str = "CLIP score (cosine)"
-) -> None:
+def plot_curve(curve: list[dict[str, float]], path: Path, reference: float | None = None) -> None:
     """Draw the curve with error bars as a PNG; `reference` is the mean score of real pictures with their own captions.
 
     Raises InputError when matplotlib is not installed.
     """
+    label = "CLIP score (cosine)"
     plot_curves({label: {"drawn, best of N": curve}}, path, {} if reference is None else {label: reference})
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from genpipe.clip.chunks import Chunks
 from genpipe.clip.model import CLIP
 from genpipe.data.read_ahead import read_ahead
-from genpipe.data.scenes import EmojiScenes
+from genpipe.data.scenes import EmojiScenes, Objects
 from genpipe.errors import InputError
 from genpipe.evaluation.detector import SceneDetector
 from genpipe.images import open_picture, resize, shrink, to_unit
@@ -160,9 +160,11 @@ def features_of_files(
         raise InputError(f"None of the {len(paths)} pictures found can be read; the first: {skipped[0][1]}") from error
 
 
-def features_of_scenes(eye: Eye, count: int, size: int, report: Callable[[int, int], None] | None = None) -> Tensor:
+def features_of_scenes(
+    eye: Eye, count: int, size: int, objects: Objects = "all", report: Callable[[int, int], None] | None = None
+) -> Tensor:
     """The first `count` held-out emoji scenes, drawn at size x size -> features (count, D)."""
-    scenes = EmojiScenes(size=size, split="heldout")
+    scenes = EmojiScenes(size=size, split="heldout", objects=objects)
 
     def pictures() -> Iterator[Tensor]:
         for index in range(count):

@@ -120,29 +120,6 @@ def _curves(rows: Sequence[Mapping[str, Any]], judged: bool) -> dict[str, list[d
     return {"composition": best_of_n_curve(score, right), **curves}
 
 
-def add_to_summary(path: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Put the figures of judged runs into a JSON list, in place of those of the same pipeline, candidates and seed.
-
-    Raises InputError where the file is no such list or cannot be written.
-    """
-    names = ("pipeline", "candidates", "seed")
-    added = [
-        {key: each[key] for key in (*names, "objects", "prompts", "detector_accuracy", "tasks", "overall")}
-        | {key: each[key] for key in ("best_alone", "clip_score") if key in each}
-        for each in summaries
-        if "tasks" in each
-    ]
-    new = {tuple(each[name] for name in names) for each in added}
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        if not isinstance(kept, list):
-            raise TypeError("it holds no list")
-        kept = [each for each in kept if tuple(each[name] for name in names) not in new]
-        path.write_text(json.dumps([*kept, *added], indent=1) + "\n", encoding="utf-8")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} cannot be used for the summary ({error}); name another --summary.") from error
-
-
 def record(verdict: Verdict | None, score: float | None, seed: int) -> dict[str, Any]:
     """What is kept of a picture beside its file."""
     return {"verdict": None if verdict is None else asdict(verdict), "score": score, "seed": seed}
