@@ -1,9 +1,9 @@
 """Recipes for one GPU: 64 x 64 pictures, 256 x 256 out, all objects, with styles; none of them has been run.
 
 Costs are computed, not run: FLOPs of one training step (forward and backward, the frozen parts' forward passes among
-them) by torch's counter, times pictures and steps, at an assumed 100 TFLOP/s of bf16, as a card of the A100's class may
-give. Scenes are drawn on the CPU: with too few `data.workers` the GPU waits, and the small parts take longer than that.
-The parts need one another as the small ones do: objective.dvae, objective.clip.
+them) by torch's counter, with texts of full length, times pictures and steps, at an assumed 100 TFLOP/s of bf16, as a
+card of the A100's class may give. Scenes are drawn on the CPU: with too few `data.workers` the GPU waits, and the small
+parts take longer than that. The parts need one another as the small ones do: objective.dvae, objective.clip.
 """
 
 from genpipe.clip.architecture import nano_architecture
@@ -113,7 +113,7 @@ def dalle1_64() -> Recipe:
 def prior_64() -> Recipe:
     """DALL-E 2's prior over the embeddings of `clip-64`, eight layers of width 512: 26.6 million parameters.
 
-    Hardware: one GPU with 24 GB. Computed, not run: 14.0 GFLOP per picture, 0.40 GPU-hours.
+    Hardware: one GPU with 24 GB. Computed, not run: 13.1 GFLOP per picture, 0.37 GPU-hours.
     """
     return Recipe(
         name="prior-64",
