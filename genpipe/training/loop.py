@@ -29,6 +29,7 @@ from genpipe.training.config import Recipe, check
 from genpipe.training.data import check_source
 from genpipe.training.interrupts import stop_on_interrupt
 from genpipe.training.log import Log
+from genpipe.training.muon import has_native_bf16
 from genpipe.training.optimizer import learning_rate, make_optimizer
 from genpipe.training.run_folder import CHECKPOINTS, check_same_run, claim, fingerprint
 from genpipe.training.stage import MicroBatch, Stage
@@ -59,10 +60,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """`auto` -> "bf16" where matrix products in bf16 are native, else "no"; others stay."""
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return "bf16" if device.type == "cpu" and native else "no"
+    return "bf16" if has_native_bf16(device) else "no"
 
 
 def batch_seed(seed: int, number: int, stream: int) -> int:

@@ -49,17 +49,42 @@ class MuonAdamW(torch.optim.AdamW):
         parameter.add_(orthogonal(ahead).view_as(parameter), alpha=-group["lr"] * rms)
 
 
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are the device's own; emulated ones can be a hundred times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     """The nearest orthogonal matrix U V^T of matrix = U S V^T, roughly: singular values between 0.7 and 1.2.
 
-    By X <- a X + (b X X^T + c (X X^T)^2) X from X = matrix / |matrix|, in bfloat16 (2502.16982, 2.1). matrix (M, N) ->
-    (M, N) in its own type; a matrix of zeros stays one.
+    By X <- a X + (b X X^T + c (X X^T)^2) X from X = matrix / |matrix|, in bfloat16 where that is native (2502.16982,
+    2.1). matrix (M, N) -> (M, N) in its own type; a matrix of zeros stays one.
     """
-    x = matrix.bfloat16()
+    x = matrix.bfloat16() if has_native_bf16(matrix.device) else matrix.float()
     if tall := x.shape[0] > x.shape[1]:
         x = x.T
     x = x / (x.norm() + 1e-7)
-    for _ in range(iterations):
-        square = x @ x.T
-        x = _A * x + (_B * square + _C * square @ square) @ x
+    # Every factor is a polynomial of X X^T: of a long matrix that small square alone is iterated, and X multiplied
+    # once. Its eigenvalues are squares of singular values, for which bfloat16 has too few digits.
+    if x.dtype == torch.float32 and x.shape[1] > 2 * x.shape[0]:
+        x = _iterate_square(x @ x.T, iterations) @ x
+    else:
+        for _ in range(iterations):
+            x = _factor(x @ x.T) @ x
     return (x.T if tall else x).to(matrix.dtype)
+
+
+def _factor(square: Tensor) -> Tensor:
+    return _A * torch.eye(len(square), dtype=square.dtype, device=square.device) + _B * square + _C * square @ square
+
+
+def _iterate_square(square: Tensor, iterations: int) -> Tensor:
+    """The product of all iterations' factors, from X X^T (M, M)."""
+    factor = product = _factor(square)
+    for _ in range(iterations - 1):
+        square = factor @ square @ factor
+        factor = _factor(square)
+        product = factor @ product
+    return product
