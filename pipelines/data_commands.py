@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from genpipe.errors import InputError
+from pipelines.drawn_command import draw_data
 from pipelines.options import ClipOption, DeviceOption, JsonOption
 from pipelines.terminal import moving, progress_bar, say, show
 
 data_app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
+data_app.command("draw")(draw_data)
 
 
 def register(app: typer.Typer) -> None:

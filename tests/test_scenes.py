@@ -11,6 +11,7 @@ import pytest
 from genpipe.data import glyphs, layout
 from genpipe.data.captions import known_words
 from genpipe.data.glyphs import FONT_VARIABLE, Glyphs, find_font
+from genpipe.data.likeness import Likeness
 from genpipe.data.scenes import EmojiScenes, Placement, Scene, is_held_out, split_words
 from genpipe.data.vocabulary import vocabulary
 from genpipe.errors import InputError
@@ -362,7 +363,7 @@ def test_captions_depend_on_the_generator_only():
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-@pytest.mark.parametrize("kind", ["swapped", "recounted", "recoloured", "turned", None])
+@pytest.mark.parametrize("kind", ["swapped", "recounted", "recoloured", "turned", "renamed", None])
 def test_twins_differ_in_one_fact(kind, split):
     scenes = EmojiScenes(split=split, seed=4)
     kinds = Counter()
@@ -394,11 +395,45 @@ def test_twins_differ_in_one_fact(kind, split):
             assert (a.relation in flat) != (b.relation in flat)
             assert said["objects"] == twin_said["objects"]
             assert said["relation"] != twin_said["relation"]
+        elif twins.kind == "renamed":
+            assert len(set(a.objects) - set(b.objects)) == len(set(b.objects) - set(a.objects)) == 1
+            assert len(a.objects) == len(b.objects) and (a.background, a.count) == (b.background, b.count)
+            places = [[(p.x, p.y, p.size) for p in scene.placements] for scene in (a, b)]
+            assert places[0] == places[1] and said["objects"] != twin_said["objects"]
+            assert {**said, "objects": 0} == {**twin_said, "objects": 0}
         else:
             assert a.placements == b.placements and a.background != b.background
             assert said["background"] == a.background and twin_said["background"] == b.background
             assert {**said, "background": 0} == {**twin_said, "background": 0}
     assert set(kinds) == ({kind} if kind else {"swapped", "recounted", "recoloured"})
+
+
+def test_renamed_twins_are_alike_half_of_the_time():
+    scenes = EmojiScenes(objects="common")
+    ranks = []
+    for i in range(300):
+        twins = scenes.twins(i, "renamed")
+        (old,), (new,) = (set(a.objects) - set(b.objects) for a, b in _both_ways(twins.scene, twins.twin_scene))
+        others = [name for name in scenes.objects if name not in twins.scene.objects]
+        ranks.append(Likeness(Glyphs()).nearest_first(old, others).index(new))
+    assert len(set(ranks)) > 25 and 0.45 < np.mean(np.array(ranks) < 6) < 0.7  # any, and more often one of the nearest
+
+
+def _both_ways(a, b):
+    return (a, b), (b, a)
+
+
+def test_what_is_round_and_red_looks_like_what_is_round_and_red():
+    nearest = Likeness(Glyphs()).nearest_first("tomato", ["penguin", "tree", "apple", "elephant"])
+    assert nearest[0] == "apple" and sorted(nearest) == ["apple", "elephant", "penguin", "tree"]
+
+
+def test_half_of_the_objects_of_mixed_scenes_are_common():
+    scenes, words = EmojiScenes(objects="mixed"), vocabulary().objects
+    names = [name for i in range(3000) for name in scenes.scene(i).objects]
+    assert 0.45 < np.mean([words[name].common for name in names]) < 0.55
+    assert len(set(names)) == len(words) == len(scenes.objects)
+    assert scenes._drawn != EmojiScenes().objects == EmojiScenes()._drawn
 
 
 def test_twin_captions_share_their_wording():

@@ -17,7 +17,7 @@ def test_shipped_recipes_are_sound_and_fresh(name: str) -> None:
     assert shipped.name == name and shipped.stage == stage and RECIPES[name].__doc__
     shipped.data.twin_shares.append(1.0)
     shipped.model.clear()
-    assert len(recipe(name).data.twin_shares) == 4 and recipe(name).model
+    assert len(recipe(name).data.twin_shares) == 5 and recipe(name).model
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
@@ -33,7 +33,7 @@ def test_overrides_have_the_type_of_what_they_replace() -> None:
         [
             "run.steps=7",
             "optimizer.learning_rate=1e-4",
-            "data.twin_shares=[1, 2, 3, 4]",
+            "data.twin_shares=[1, 2, 3, 4, 5]",
             "objective.codebook_init=false",
             "objective.dvae=a=b",
             "model.width=64",
@@ -44,7 +44,7 @@ def test_overrides_have_the_type_of_what_they_replace() -> None:
     )
     assert before.to_dict() == untouched
     assert (after.run.steps, after.optimizer.learning_rate, after.init) == (8, 1e-4, "some/folder")
-    assert after.data.twin_shares == [1, 2, 3, 4] and after.objective["codebook_init"] is False
+    assert after.data.twin_shares == [1, 2, 3, 4, 5] and after.objective["codebook_init"] is False
     assert after.objective["dvae"] == "a=b" and after.model["width"] == 64 and after.model["attention"] == "sparse"
     changed = {key for key, value in flat(after.to_dict()).items() if value != flat(untouched)[key]}
     assert changed == {
@@ -104,9 +104,9 @@ def test_what_is_null_takes_a_number_and_a_number_null() -> None:
         ("data.hard_negatives=1.5", "from 0 to 1"),
         ("objective.caption_dropout=2", "from 0 to 1"),
         ("objective.bpe_dropout=1", "below 1"),
-        ("data.twin_shares=[0, 0, 0, 0]", "four numbers"),
-        ("data.twin_shares=[1, 1]", "four numbers"),
-        ('data.twin_shares=["a", 1, 1, 1]', "four numbers"),
+        ("data.twin_shares=[0, 0, 0, 0, 0]", "five numbers"),
+        ("data.twin_shares=[1, 1, 1, 1]", "five numbers"),
+        ('data.twin_shares=["a", 1, 1, 1, 1]', "five numbers"),
         ("data.split=test", "one of train, heldout, all"),
         ("data.crop=left", "one of centre"),
         ("run.precision=fp8", "one of auto, bf16, no"),

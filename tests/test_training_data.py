@@ -66,7 +66,7 @@ def test_hard_negatives_fill_their_share_with_twins_and_draw_nothing_else(monkey
 
     monkeypatch.setattr(EmojiScenes, "draw", noted)
     for share, batch_size, pairs in ((0.5, 8, 2), (1.0, 9, 4), (0.0, 4, 0), (0.99, 2, 0)):
-        data = DataConfig(size=16, hard_negatives=share, twin_shares=[0.0, 0.0, 1.0, 0.0])
+        data = DataConfig(size=16, hard_negatives=share, twin_shares=[0.0, 0.0, 1.0, 0.0, 0.0])
         drawn.clear()
         batch = SceneBatches(data, batch_size, collate)[3]
         assert len(batch["pixels"]) == batch_size == len(drawn) and twin_pairs(data, batch_size) == pairs
@@ -85,7 +85,7 @@ def test_the_first_twins_speak_plainly() -> None:
         captions.extend(words)
         return {}
 
-    data = DataConfig(size=16, hard_negatives=1.0, twin_shares=[1.0, 0.0, 0.0, 0.0], plain_batches=2)
+    data = DataConfig(size=16, hard_negatives=1.0, twin_shares=[1.0, 0.0, 0.0, 0.0, 0.0], plain_batches=2)
     batches = SceneBatches(data, 64, listen)
     counts = []
     for numbers in ((0, 1), (2, 3)):

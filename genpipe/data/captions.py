@@ -68,6 +68,7 @@ _FORMS: Table = (
     (0.03, "{first} next to {second}"),
 )
 _FORMS_WITH_RELATION_SHARE = 0.92
+UNPLACED_SHARE = 1 - _FORMS_WITH_RELATION_SHARE
 
 
 class Wording(NamedTuple):
@@ -90,6 +91,13 @@ class Wording(NamedTuple):
     @classmethod
     def draw(cls, generator: np.random.Generator) -> Wording:
         return cls(*generator.random(len(cls._fields)).tolist())
+
+    def leaving_out_places(self, share: float) -> Wording:
+        """The same, but for a form that leaves a pair's places out in `share` of all wordings, in [0, 1]."""
+        placed, said = _FORMS_WITH_RELATION_SHARE, 1 - share
+        if self.form < said:
+            return self._replace(form=self.form / said * placed)
+        return self._replace(form=placed + (self.form - said) / share * (1 - placed))
 
 
 def _pick(table: Table, u: float) -> str:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from genpipe.data.captions import PLAIN_SHARE, Wording, known_words, write_caption
+from genpipe.data.captions import PLAIN_SHARE, UNPLACED_SHARE, Wording, known_words, write_caption
 from genpipe.data.glyphs import Glyphs, find_font
 from genpipe.data.holdout import holds_out, is_held_out
 from genpipe.data.layout import (
@@ -25,8 +25,9 @@ from genpipe.data.layout import (
     place_pair,
     place_single,
 )
+from genpipe.data.likeness import Likeness
 from genpipe.data.styles import draw_attributes, shows_on
-from genpipe.data.twins import recount, swap, turn
+from genpipe.data.twins import recount, rename, swap, turn
 from genpipe.data.vocabulary import split_words, vocabulary
 from genpipe.errors import InputError
 
@@ -43,8 +44,8 @@ __all__ = [
 ]
 
 Split = Literal["train", "heldout", "all"]
-Objects = Literal["all", "common"]
-TwinKind = Literal["swapped", "recounted", "recoloured", "turned"]
+Objects = Literal["all", "common", "mixed"]
+TwinKind = Literal["swapped", "recounted", "recoloured", "turned", "renamed"]
 
 _KIND_ENDS: tuple[tuple[Kind, float], ...] = (("single", 0.25), ("count", 0.55), ("pair", 1.0))  # cumulative shares
 _SIZES: tuple[SizeWord | None, ...] = (None, None, "small", "large")
@@ -52,6 +53,7 @@ _SMALLEST_PICTURE, _LARGEST_PICTURE = 8, 2048
 _RECOLOURED_SHARE = 0.35  # of twins whose kind is left open; scenes that allow nothing else come on top
 _COLOUR_JITTER = 8  # levels, of 255, to either side of a background's named colour
 _STYLED_SHARE = 0.5  # of objects that have an attribute, where there are styles
+_ALIKE = 6  # objects among which a renamed one's likes are chosen
 
 # Independent streams of random numbers of one index.
 _SCENE, _CAPTION, _TWIN, _OTHER_SCENE, _STYLE, _OTHER_STYLE = range(6)
@@ -107,10 +109,12 @@ class EmojiScenes:
         captions need no font.
     split: "train" (no held-out combination), "heldout" (at least one in each scene) or "all"; see `is_held_out`.
     seed: whole number, zero or more.
-    objects: "all", or "common" for the few that differ much in shape and colour; see the vocabulary.
+    objects: "all", "common" for the few that differ much in shape and colour (see the vocabulary), or "mixed": all, and
+        half of the time common ones.
     styles: half of the objects have an attribute, which captions name and some of which are held out with some objects:
         a sketch, a silhouette, pixel art or another colour; see `genpipe.data.styles`.
     plain_share: how often a place is told by "left of" or "above" rather than by "right of" or "below", in [0, 1].
+    unplaced_share: of captions of two objects, twins' aside, that do not say where they are, in [0, 1].
     Raises InputError for arguments outside these limits. Instances hold no random state: they can be pickled, shared
     between worker processes and asked in any order.
     """
@@ -122,6 +126,7 @@ class EmojiScenes:
         split: Split = "train",
         seed: int = 0,
         plain_share: float = PLAIN_SHARE,
+        unplaced_share: float = UNPLACED_SHARE,
         objects: Objects = "all",
         styles: bool = False,
     ):
@@ -133,12 +138,21 @@ class EmojiScenes:
             raise InputError(f"The objects must be one of {', '.join(get_args(Objects))}, not {objects!r}.")
         if not 0 <= plain_share <= 1:
             raise InputError(f"The share of plain relations must be from 0 to 1, not {plain_share!r}.")
+        if not 0 <= unplaced_share <= 1:
+            raise InputError(f"The share of pairs without places must be from 0 to 1, not {unplaced_share!r}.")
         self.split: Split = split
         self.plain_share = plain_share
-        self.objects = tuple(name for name, words in vocabulary().objects.items() if words.common or objects == "all")
+        self.unplaced_share = unplaced_share
+        self.objects = tuple(
+            name for name, words in vocabulary().objects.items() if words.common or objects != "common"
+        )
+        common = [name for name in self.objects if vocabulary().objects[name].common]
+        rare = len(self.objects) - len(common)
+        self._drawn = (*self.objects, *common * (round(rare / len(common)) - 1 if objects == "mixed" else 0))
         self.backgrounds = tuple(vocabulary().backgrounds)
         self.styles = styles
         self._glyphs = Glyphs(font)
+        self._likeness = Likeness(self._glyphs)
 
     def _generator(self, index: int, stream: int) -> np.random.Generator:
         index = _whole_number(index, "The index of a scene", 0)
@@ -178,9 +192,9 @@ class EmojiScenes:
         styled = style_generator.random(2 if kind == "pair" else 1) < _STYLED_SHARE if self.styles else ()
         while True:
             first, second, third, *more = generator.random(6).tolist()
-            objects: tuple[str, ...] = (_choice(self.objects, first),)
+            objects: tuple[str, ...] = (_choice(self._drawn, first),)
             if kind == "pair":
-                objects = (*objects, _choice(self.objects, second))
+                objects = (*objects, _choice(self._drawn, second))
                 if objects[0] == objects[1]:
                     continue
             background = _choice(self.backgrounds, third)
@@ -229,7 +243,7 @@ class EmojiScenes:
 
         mention_background: None names the background for three captions in four; True always, False never.
         """
-        wording = Wording.draw(generator)
+        wording = Wording.draw(generator).leaving_out_places(self.unplaced_share)
         return write_caption(scene, wording, mention_background, False, self.plain_share)
 
     def example(self, index: int) -> Example:
@@ -249,7 +263,8 @@ class EmojiScenes:
 
         kind: None takes a kind that suits the scene. A kind that does not suit it (only pairs can be swapped or turned,
         only counts and medium-sized single objects recounted) takes another scene, which is as fixed for (seed, split,
-        index). The twin of a "train" scene is never a held-out combination. Raises InputError for another kind.
+        index). "renamed" puts another object in one's place, half of the time one of those that look most like it. The
+        twin of a "train" scene is never a held-out combination. Raises InputError for another kind.
         """
         if kind is not None and kind not in get_args(TwinKind):
             raise InputError(f"The kind of twins must be one of {', '.join(get_args(TwinKind))}, not {kind!r}.")
@@ -265,7 +280,9 @@ class EmojiScenes:
             scene = self._other_scene(index, "pair")
         elif kind == "recounted" and not may_recount:
             scene = self._other_scene(index, "count")
-        change = {"swapped": swap, "recounted": recount, "recoloured": self._recolour, "turned": turn}
+        change = {
+            "swapped": swap, "recounted": recount, "recoloured": self._recolour, "turned": turn, "renamed": self._rename
+        }  # fmt: skip
         twin_scene = change[kind](scene, generator)
         wording = Wording.draw(generator)
         mention = True if kind == "recoloured" else None
@@ -290,3 +307,18 @@ class EmojiScenes:
         choice, *jitter = generator.random(4).tolist()
         background = _choice(others, choice)
         return replace(scene, background=background, colour=self._vary(background, jitter))
+
+    def _rename(self, scene: Scene, generator: np.random.Generator) -> Scene:
+        """Another object in the place of one; in training, one that is not held out with what stays."""
+        which, alike, choice = generator.random(3).tolist()
+        old = scene.objects[int(which * len(scene.objects))]
+        renamed = [
+            rename(scene, old, name)
+            for name in self._likeness.nearest_first(old, (name for name in self.objects if name not in scene.objects))
+        ]
+        allowed = [
+            each
+            for each in renamed
+            if self.split != "train" or not holds_out(each.objects, each.background, each.attributes)
+        ]
+        return allowed[int(choice * (len(allowed) if alike < 0.5 else min(_ALIKE, len(allowed))))]

@@ -57,3 +57,9 @@ def recount(scene: Scene, generator: np.random.Generator) -> Scene:
     if count == 1:
         return replace(scene, kind="single", count=1, placements=place_single(name, None, numbers))
     return replace(scene, kind="count", count=count, placements=place_count(name, count, numbers))
+
+
+def rename(scene: Scene, old: str, new: str) -> Scene:
+    """The object `new` wherever `old` was, of the same size and with its attribute."""
+    placements = tuple(replace(each, object=new) if each.object == old else each for each in scene.placements)
+    return replace(scene, objects=tuple(new if name == old else name for name in scene.objects), placements=placements)

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from genpipe.clip.loss import contrastive_loss
 from genpipe.clip.model import CLIP
+from genpipe.dalle1.dvae import DVAE
+from genpipe.errors import InputError
 from genpipe.evaluation.clip import TWIN_KINDS, retrieval_share, twin_accuracy
 from genpipe.images import make_grid, to_pil, to_unit
 from genpipe.parts import load_part
 from genpipe.training.config import Recipe
 from genpipe.training.data import Batch, twin_pairs
+from genpipe.training.drawn import DrawnScenes
 from genpipe.training.gradient_cache import cached_losses
 from genpipe.training.stage import Logs, MicroBatch, Stage, build, tokenizer_for
 from genpipe.training.validation import Validation
@@ -38,6 +41,9 @@ class ClipStage(Stage):
         self.objective = recipe.objective
         if recipe.init:
             self.model = load_part(CLIP, recipe.init)
+            if self.objective["freeze_text"]:
+                for name, parameter in self.model.towers.named_parameters():
+                    parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
         else:
             tokenizer = tokenizer_for(recipe, resumed)
             settings = dict(recipe.model)
@@ -45,16 +51,35 @@ class ClipStage(Stage):
             text = {**architecture.get("text_cfg", {}), "vocab_size": tokenizer.vocab_size}
             self.model = build(CLIP, {"architecture": {**architecture, "text_cfg": text}, **settings})
             self.model.tokenizer = tokenizer
+        self.dvae = load_part(DVAE, self.objective["dvae"]).requires_grad_(False) if self.objective["dvae"] else None
+        o = self.objective
+        self.drawn = DrawnScenes(o["drawn"], recipe.data.size) if o["drawn"] else None
         self.accumulate = recipe.run.accumulate
+        if self.drawn is not None and self.accumulate > 1:
+            raise InputError("objective.drawn needs all pairs of an update in one batch; set run.accumulate=1.")
         self.twin_rows = 2 * twin_pairs(recipe.data, recipe.run.batch_size)
         self.validation = Validation(recipe.data, 200)
 
     def collate(self, pictures: np.ndarray, captions: list[str], generator: np.random.Generator) -> Batch:
-        tokens = self.model.tokenize(captions)
-        return {"pixels": torch.from_numpy(np.ascontiguousarray(pictures)), "ids": tokens.ids, "mask": tokens.mask}
+        drawn = [] if self.drawn is None else [self.drawn.pick(self.objective["drawn_rows"], generator)]
+        tokens = self.model.tokenize(captions + [caption for each in drawn for caption in each.captions])
+        batch = {"pixels": pictures, **{name: each for triples in drawn for name, each in triples.pictures().items()}}
+        arrays = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+        return {**arrays, "ids": tokens.ids, "mask": tokens.mask}
+
+    def frozen(self) -> list[nn.Module]:
+        return [] if self.dvae is None else [self.dvae]
 
     def loss(self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
-        return self._loss([self._features(model, batch, generator)])
+        """Of the batch's pairs, and of drawn pictures beside true ones, where there are any."""
+        image, text, scale = self._features(model, batch, generator)
+        pairs = len(batch["pixels"])
+        loss, logs = self._loss([(image[:pairs], text[:pairs], scale)])
+        if self.drawn is not None:
+            drawn, share = drawn_loss(image[pairs:], text[pairs:], scale)
+            loss = loss + self.objective["drawn_weight"] * drawn
+            logs |= {"drawn_loss": drawn.detach(), "drawn_accuracy": share}
+        return loss, logs
 
     def losses(self, model: nn.Module, micro_batches: Iterable[MicroBatch], step: int) -> Iterator[tuple[Tensor, Logs]]:
         """With several batches to an update: the loss of one batch of all their pairs, in the memory of one of them."""
@@ -66,7 +91,12 @@ class ClipStage(Stage):
         )
 
     def _features(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Features:
-        pixels = degrade(to_unit(batch["pixels"]), self.objective["degrade"], generator)
+        probability, true = self.objective["degrade"], [batch["pixels"]]
+        if self.drawn is not None:
+            true.append(batch["true"])
+        pixels = degrade(to_unit(torch.cat(true)), probability, generator, self.dvae)
+        if self.drawn is not None:
+            pixels = torch.cat([pixels, degrade(to_unit(batch["drawn"]), probability, generator)])
         return model(pixels, batch["ids"], batch["mask"])
 
     def _loss(self, parts: list[Features]) -> tuple[Tensor, Logs]:
@@ -115,10 +145,34 @@ def twin_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
     return loss, (logits.detach().argmax(dim=-1) == own).float().mean()
 
 
-def degrade(pixels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Blur and noise on a random share of pictures (B, 3, H, W) in [0, 1]: CLIP will judge drawn ones, too."""
+def drawn_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of finding the true picture of a caption beside a drawn one, and among all; how often it is found.
+
+    image: of n true pictures, then of those drawn for the same captions, normalised (2 n, D); text: of the captions
+    (n, D).
+    """
+    logits = scale * text @ image.T  # n, 2 n
+    rows = torch.arange(len(text), device=text.device)
+    both = logits.unflatten(1, (2, -1))[rows, :, rows]  # n, 2
+    first = torch.zeros_like(rows)
+    own = F.cross_entropy(both, first)
+    among = (F.cross_entropy(logits, rows) + F.cross_entropy(logits[:, : len(text)].T, rows)) / 2
+    return own + among, (both.detach().argmax(dim=1) == first).float().mean()
+
+
+@torch.no_grad()
+def degrade(pixels: Tensor, probability: float, generator: torch.Generator, dvae: DVAE | None = None) -> Tensor:
+    """Blur and noise on a random share of pictures (B, 3, H, W) in [0, 1]: CLIP will judge drawn ones, too.
+
+    dvae: that many are also turned into its tokens and back first.
+    """
     if probability <= 0:
         return pixels
+    if dvae is not None:
+        rows = torch.rand(len(pixels), generator=generator, device=generator.device).to(pixels.device) < probability
+        if rows.any():
+            pixels = pixels.clone()
+            pixels[rows] = dvae.decode(dvae.encode(pixels[rows])).to(pixels)
     draws = torch.rand(4, len(pixels), generator=generator, device=generator.device).to(pixels.device)
     noise = torch.randn(pixels.shape, generator=generator, device=generator.device).to(pixels.device)
     small = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)

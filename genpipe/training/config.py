@@ -22,14 +22,16 @@ class DataConfig:
         joined by "::", each with its weight, 1 if none is given: "laion/{00000..00099}.tar=3::cc12m=1" takes three
         pairs of four from the first, however large either is, and reads the smaller one more often.
     size: side of the training picture in pixels.
-    objects: of emoji scenes, "all" or the "common" ones alone, which the small models have time to learn.
+    objects: of emoji scenes, "all", the "common" ones alone, which the small models have time to learn, or
+        "mixed": all, and half of the time common ones.
+    unplaced_share: of captions of two objects, those that do not say where they are ("a cat and a dog").
     styles: of emoji scenes: half of the objects are a sketch, a silhouette, pixel art or of another colour.
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
     seed: of the data order.
     workers: processes that prepare batches; 0 prepares them in the training process.
     hard_negatives: share of a CLIP batch that comes as scenes with their twins, which are swapped, recounted,
-        recoloured or turned; other sources have no twins and ignore it.
-    twin_shares: how often a twin is swapped, recounted, recoloured or turned; places are what CLIP learns last.
+        recoloured, turned or renamed (another object); other sources have no twins and ignore it.
+    twin_shares: how often a twin is of each of these kinds; places are what CLIP learns last.
     plain_batches: number of batches at the start whose twins tell places by "left of" and "above" nearly always.
     crop: of pictures from a folder or shards: "centre", "stage_1" (the dVAE's random crops and flips) or "stage_2" (the
         transformer's near-centre crops without flips, since captions mention sides; 2102.12092, A.2 and B.2).
@@ -43,12 +45,13 @@ class DataConfig:
     source: str = "scenes"
     size: int = 32
     objects: str = "all"
+    unplaced_share: float = 0.08
     styles: bool = False
     split: str = "train"
     seed: int = 0
     workers: int = 0
     hard_negatives: float = 0.0
-    twin_shares: list[float] = field(default_factory=lambda: [0.35, 0.3, 0.1, 0.25])
+    twin_shares: list[float] = field(default_factory=lambda: [0.3, 0.25, 0.1, 0.2, 0.15])
     plain_batches: int = 0
     crop: str = "centre"
     embeddings: str = ""
@@ -192,17 +195,18 @@ _ABOVE_0 = (
     "run.steps", "run.batch_size", "run.accumulate", "run.log_every", "run.validate_every", "data.size",
     "optimizer.learning_rate", "optimizer.clip_norm", "optimizer.epsilon", "objective.temperature",
     "objective.final_temperature", "objective.tokenizer_captions", "objective.repeats", "objective.crop",
-    "objective.timestep_shift", "objective.layer_decay",
+    "objective.timestep_shift", "objective.layer_decay", "objective.drawn_rows",
 )  # fmt: skip
 _NOT_BELOW_0 = (
     "run.save_minutes", "run.save_every", "run.seed", "run.threads", "data.seed", "data.workers", "data.plain_batches",
     "optimizer.weight_decay", "optimizer.warmup_steps", "objective.temperature_steps", "objective.kl_weight",
     "objective.kl_steps", "objective.squared_error", "objective.warm_up_steps", "objective.twin_weight",
-    "objective.statistics_pairs", "objective.min_snr_gamma", "objective.bound_weight", "objective.patience",
-    "objective.tower_rate", "objective.cache_megabytes",
+    "objective.drawn_weight", "objective.statistics_pairs", "objective.min_snr_gamma", "objective.bound_weight",
+    "objective.patience", "objective.tower_rate", "objective.cache_megabytes",
 )  # fmt: skip
 _FROM_0_TO_1 = (
-    "data.hard_negatives", "optimizer.final_fraction", "objective.caption_dropout", "objective.degrade",
+    "data.hard_negatives", "data.unplaced_share", "optimizer.final_fraction", "objective.caption_dropout",
+    "objective.degrade",
     "objective.text_weight", "objective.text_dropout", "objective.image_dropout",
     "objective.scrambled", "objective.layer_decay",
 )  # fmt: skip
@@ -214,7 +218,7 @@ _CHOICES = {
     "optimizer.method": ("adamw", "muon"),
     "optimizer.decay": ("cosine", "linear", "constant"),
     "data.crop": ("centre", "stage_1", "stage_2"),
-    "data.objects": ("all", "common"),
+    "data.objects": ("all", "common", "mixed"),
     "data.split": ("train", "heldout", "all"),
     "objective.head": ("sum", "mlp", "transformer"),
     "objective.class_weights": ("none", "inverse_frequency"),
@@ -243,6 +247,6 @@ def check(recipe: Recipe) -> None:
             f'data.embeddings is "{recipe.data.embeddings}", but the stage {recipe.stage} reads none; leave it empty.'
         )
     shares = recipe.data.twin_shares
-    numbers = len(shares) == 4 and all(isinstance(share, int | float) and 0 <= share < math.inf for share in shares)
+    numbers = len(shares) == 5 and all(isinstance(share, int | float) and 0 <= share < math.inf for share in shares)
     if not numbers or sum(shares) <= 0:
-        raise InputError(f"data.twin_shares is {shares}; it must be four numbers, 0 or above and not all 0.")
+        raise InputError(f"data.twin_shares is {shares}; it must be five numbers, 0 or above and not all 0.")

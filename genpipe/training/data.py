@@ -54,6 +54,7 @@ def emoji_scenes(data: DataConfig, split: str, plain_share: float = PLAIN_SHARE)
         split=cast(Split, split),
         seed=data.seed,
         plain_share=plain_share,
+        unplaced_share=data.unplaced_share,
         objects=cast(Objects, data.objects),
         styles=data.styles,
     )
