@@ -81,7 +81,7 @@ def test_the_loss_of_drawn_pictures() -> None:
     loss, found = drawn_loss(torch.cat([text, drawn]), text, scale)
     assert loss < 1e-3 and found == 1
     loss, found = drawn_loss(torch.cat([drawn, text]), text, scale)
-    assert 45 < loss < 46 and found == 0  # 30 for the two of a caption, half of 30 among all, half of chance's for texts
+    assert 45 < loss < 46 and found == 0  # 30 of two, half of 30 among all, chance for texts
     same = torch.ones(4, 2) / 2**0.5
     loss, _ = drawn_loss(same, same[:2], scale)
     assert torch.isclose(loss, torch.tensor(np.log(2) + (np.log(4) + np.log(2)) / 2).float())
@@ -104,8 +104,10 @@ def test_clip_learns_to_rank_scenes_above_drawn_pictures(folder: Path, tmp_path:
 def test_a_frozen_text_tower_stays_what_it_was(tmp_path: Path) -> None:
     first = Trainer(tiny_recipe("clip", steps=1), tmp_path / "first").run()
     recipe = tiny_recipe("clip", steps=2)
-    recipe.init = str(first.part)
     recipe.objective["freeze_text"] = True
+    with pytest.raises(InputError, match="name a trained CLIP with init=FOLDER"):
+        Trainer(recipe, tmp_path / "second")
+    recipe.init = str(first.part)
     second = Trainer(recipe, tmp_path / "second").run()
     before, after = (load_part(CLIP, each.part).state_dict() for each in (first, second))
     changed = {name for name in before if not torch.equal(before[name], after[name])}

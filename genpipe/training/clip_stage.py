@@ -38,10 +38,12 @@ class ClipStage(Stage):
     part = "clip"
 
     def __init__(self, recipe: Recipe, resumed: Path | None) -> None:
-        self.objective = recipe.objective
+        o = self.objective = recipe.objective
+        if o["freeze_text"] and not recipe.init:
+            raise InputError("objective.freeze_text leaves texts as they are; name a trained CLIP with init=FOLDER.")
         if recipe.init:
             self.model = load_part(CLIP, recipe.init)
-            if self.objective["freeze_text"]:
+            if o["freeze_text"]:
                 for name, parameter in self.model.towers.named_parameters():
                     parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
         else:
@@ -51,8 +53,7 @@ class ClipStage(Stage):
             text = {**architecture.get("text_cfg", {}), "vocab_size": tokenizer.vocab_size}
             self.model = build(CLIP, {"architecture": {**architecture, "text_cfg": text}, **settings})
             self.model.tokenizer = tokenizer
-        self.dvae = load_part(DVAE, self.objective["dvae"]).requires_grad_(False) if self.objective["dvae"] else None
-        o = self.objective
+        self.dvae = load_part(DVAE, o["dvae"]).requires_grad_(False) if o["dvae"] else None
         self.drawn = DrawnScenes(o["drawn"], recipe.data.size) if o["drawn"] else None
         self.accumulate = recipe.run.accumulate
         if self.drawn is not None and self.accumulate > 1:
