@@ -1,7 +1,7 @@
 """`genpipe data draw`: pictures that a family draws for captions of training scenes, for its CLIP to learn from."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,7 +33,7 @@ def draw_data(
         raise InputError(f"{str(out)!r} must end in .safetensors.")
     import numpy as np
 
-    from genpipe.training.drawn import DrawnSettings, save_drawn
+    from genpipe.data.drawn import DrawnSettings, save_drawn
     from pipelines.devices import choose_device
     from pipelines.family import load_family
     from pipelines.family_info import describe_family
@@ -41,7 +41,8 @@ def draw_data(
     described = describe_family(family)
     described.check_has(pipeline)
     scenes = DrawnSettings(seed, 32, objects, _UNPLACED_SHARE).scenes()  # captions do not depend on the size
-    loaded = load_family(described.folder, device=choose_device(device), pipelines=[pipeline]).pipeline(pipeline)
+    family_there = load_family(described.folder, device=choose_device(device), pipelines=[pipeline])
+    loaded: Any = family_there.pipeline(pipeline)  # either kind, with its own settings
     sampling = loaded.resolve_sampling({"upsample": False})
     drawn: list[np.ndarray] = []
     with polite_interrupt() as interrupt, progress_bar("drawing", count) as bar:

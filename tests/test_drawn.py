@@ -11,10 +11,10 @@ from test_cli import Run, refused, run  # noqa: F401
 from tiny_recipes import tiny_recipe
 
 from genpipe.clip.model import CLIP
+from genpipe.data.drawn import DrawnScenes, DrawnSettings, load_drawn, save_drawn
 from genpipe.errors import InputError
 from genpipe.parts import load_part
 from genpipe.training.clip_stage import degrade, drawn_loss
-from genpipe.training.drawn import DrawnScenes, DrawnSettings, load_drawn, save_drawn
 from genpipe.training.loop import Trainer
 
 SETTINGS = DrawnSettings(seed=3, size=16, objects="common", unplaced_share=0.3)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from genpipe.clip.loss import contrastive_loss
 from genpipe.clip.model import CLIP
 from genpipe.dalle1.dvae import DVAE
+from genpipe.data.drawn import DrawnScenes
 from genpipe.errors import InputError
 from genpipe.evaluation.clip import TWIN_KINDS, retrieval_share, twin_accuracy
 from genpipe.images import make_grid, to_pil, to_unit
 from genpipe.parts import load_part
 from genpipe.training.config import Recipe
 from genpipe.training.data import Batch, twin_pairs
-from genpipe.training.drawn import DrawnScenes
 from genpipe.training.gradient_cache import cached_losses
 from genpipe.training.stage import Logs, MicroBatch, Stage, build, tokenizer_for
 from genpipe.training.validation import Validation
