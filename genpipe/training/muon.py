@@ -50,7 +50,7 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are the device's own; emulated ones can be a hundred times slower."""
+    """Whether matrix products in bfloat16 are the device's own; emulated ones are tens of times slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
