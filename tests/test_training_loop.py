@@ -181,7 +181,7 @@ def test_the_dvae_learns_and_leaves_what_a_run_leaves(tmp_path: Path, capsys: py
     assert (result.step, result.interrupted, result.part) == (40, False, tmp_path / "dvae")
     decibels, losses = column(tmp_path, "heldout_psnr"), column(tmp_path, "loss")
     assert len(decibels) == 4 and decibels[-1] > decibels[0] + 0.5 and decibels[-1] == result.figures["heldout_psnr"]
-    # Before that, it has no codes. How far the loss falls in so few steps differs by processor: to 0.83 with AVX2 alone.
+    # Before that, it has no codes. How far the loss falls in so few steps differs by processor: to 0.83 with AVX2.
     assert len(losses) == 40 and sum(losses[-8:]) < 0.9 * sum(losses[3:11])
     assert column(tmp_path, "learning_rate")[:2] == pytest.approx([0.015, 0.03])
     assert column(tmp_path, "beta")[:3] == [0, 0, 0] and column(tmp_path, "temperature")[-1] == 0.5
