@@ -16,7 +16,7 @@ _UNPLACED_SHARE = 0.3  # pairs without a stated place are the hardest to draw, a
 
 def draw_data(
     family: Annotated[str, typer.Argument(metavar="FAMILY", help="A shipped family, a folder, or a Hub id.")],
-    out: Annotated[Path, typer.Argument(metavar="FILE", help="Written as NAME.safetensors.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A new file, NAME.safetensors.", show_default=False)],
     pipeline: Annotated[str, typer.Option(help="dalle1 or dalle2.")] = "dalle1",
     count: Annotated[int, typer.Option(help="Pictures, one for each scene.")] = 4096,
     objects: ObjectsOption = "common",
@@ -29,18 +29,22 @@ def draw_data(
     """
     request.check_positive("The number of pictures", count)
     request.check_counts(1, 1, seed, None)
-    if out.suffix != ".safetensors":
-        raise InputError(f"{str(out)!r} must end in .safetensors.")
     import numpy as np
 
-    from genpipe.data.drawn import DrawnSettings, save_drawn
+    from genpipe.data.drawn import SUFFIX, DrawnSettings, save_drawn
     from pipelines.devices import choose_device
     from pipelines.family import load_family
     from pipelines.family_info import describe_family
+    from pipelines.output import OutputFolder
 
+    if out.suffix != SUFFIX:
+        raise InputError(f"{str(out)!r} must end in {SUFFIX}.")
+    if out.exists():
+        raise InputError(f"There is a file {str(out)!r} already, which took its time to draw; name another one.")
     described = describe_family(family)
     described.check_has(pipeline)
     scenes = DrawnSettings(seed, 32, objects, _UNPLACED_SHARE).scenes()  # captions do not depend on the size
+    folder = OutputFolder(out.parent)  # one that cannot be written is refused before hours of drawing
     family_there = load_family(described.folder, device=choose_device(device), pipelines=[pipeline])
     loaded: Any = family_there.pipeline(pipeline)  # either kind, with its own settings
     sampling = loaded.resolve_sampling({"upsample": False})
@@ -56,6 +60,8 @@ def draw_data(
             drawn += [np.asarray(images[0]).transpose(2, 0, 1) for images in output.images]
             bar.update(len(captions))
     if not drawn:
+        folder.discard_if_empty()
+        say("interrupted", "nothing was drawn yet")
         raise typer.Exit(INTERRUPTED)
     save_drawn(out, np.stack(drawn), DrawnSettings(seed, drawn[0].shape[-1], objects, _UNPLACED_SHARE))
     show(str(out))

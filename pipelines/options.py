@@ -12,7 +12,10 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")
 ]
 ObjectsOption = Annotated[
-    str, typer.Option(help="Of emoji scenes: common, the forty that small models have time to learn, or all.")
+    str,
+    typer.Option(
+        help="Of emoji scenes: common, the forty that small models have time to learn, all, or mixed: half common."
+    ),
 ]
 ClipOption = Annotated[
     str,

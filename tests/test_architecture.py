@@ -43,7 +43,7 @@ FLAGS = {
     },
     "search": {"--top", "--clip", "--cache", "--device", "--json"},
     "embed": {"--clip", "--out", "--batch-size", "--device", "--json"},
-    "data draw": {"--pipeline", "--count", "--objects", "--seed", "--device"},
+    "data draw": {"--out", "--pipeline", "--count", "--objects", "--seed", "--device"},
     "data check": {"--headers-only", "--list", "--json"},
     "data pack": {"--samples", "--bytes", "--seed", "--keep-order", "--json"},
     "evaluate zero-shot": {

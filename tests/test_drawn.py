@@ -27,6 +27,7 @@ def numbered(count: int, first: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    (tmp_path / "drawn").mkdir()
     save_drawn(tmp_path / "drawn" / "a.safetensors", numbered(3), SETTINGS)
     other = DrawnSettings(seed=4, size=16, objects="all", unplaced_share=0.0)
     save_drawn(tmp_path / "drawn" / "b.safetensors", numbered(5, 3), other)
@@ -72,6 +73,13 @@ def test_no_damaged_or_foreign_file_is_read(folder: Path) -> None:
         save_file({"drawn": pictures}, file, metadata={"genpipe_drawn": json.dumps(named)})
         with pytest.raises(InputError, match=r"uint8 \(n, 3, 16, 16\) is needed"):
             DrawnScenes(folder, 16)
+
+
+def test_a_file_that_cannot_be_written_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(InputError, match="a.safetensors' cannot be written"):
+        save_drawn(tmp_path / "a.safetensors", numbered(1), SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_the_loss_of_drawn_pictures() -> None:
@@ -141,11 +149,15 @@ def test_the_command_draws_training_scenes(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "new" / "drawn.safetensors"
-    done = run("data", "draw", tiny_folder, file, "--pipeline", pipeline, "--count", 3, "--seed", 7)
+    done = run("data", "draw", tiny_folder, "--out", file, "--pipeline", pipeline, "--count", 3, "--seed", 7)
     assert done.code == 0 and str(file) in done.out
     settings, drawn = load_drawn(file)
     assert settings.seed == 7 and drawn.shape == (3, 3, settings.size, settings.size)
     assert len({picture.tobytes() for picture in drawn}) == 3
+    assert [path.name for path in file.parent.iterdir()] == [file.name] and file.stat().st_mode & 0o044
+    before = file.read_bytes()
+    assert "name another one" in refused(run("data", "draw", tiny_folder, "--out", file, "--count", 1))
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -155,7 +167,9 @@ def test_the_command_draws_training_scenes(
         (["a.safetensors", "--count", "0"], "The number of pictures"),
         (["a.safetensors", "--objects", "few"], "The objects must be one of"),
         (["a.safetensors", "--pipeline", "dalle3"], "dalle3"),
+        (["/proc/nowhere/a.safetensors"], "cannot be written"),
+        ([f"{__file__}/a.safetensors"], "cannot be written"),
     ],
 )
 def test_the_command_refuses(options: list[str], message: str, run: Run, tiny_folder: Path) -> None:  # noqa: F811
-    assert message in refused(run("data", "draw", tiny_folder, *options))
+    assert message in refused(run("data", "draw", tiny_folder, "--out", *options))

@@ -41,9 +41,10 @@ from genpipe.parts import load_part, save_part
 from genpipe.training.__main__ import run as run_command
 from genpipe.training.clip_stage import twin_loss
 from genpipe.training.config import OptimizerConfig, Recipe, apply_overrides
-from genpipe.training.loop import Trainer, batch_seed, resolve_precision
+from genpipe.training.loop import Trainer, batch_seed
 from genpipe.training.muon import orthogonal
 from genpipe.training.optimizer import learning_rate, make_optimizer, parameter_groups
+from genpipe.training.precision import resolve_precision
 from genpipe.training.state import State
 
 PARTS = {"dvae": DVAE, "clip": CLIP, "transformer": DALLE1Transformer}
@@ -174,15 +175,14 @@ def test_precision_is_what_was_asked_for_or_what_the_device_has() -> None:
 
 
 def test_the_dvae_learns_and_leaves_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tiny_recipe("dvae", steps=40, batch_size=16, log_every=1, validate_every=10, save_every=39)
+    recipe = tiny_recipe("dvae", steps=40, batch_size=32, log_every=1, validate_every=10, save_every=39)
     recipe.optimizer.learning_rate, recipe.run.ema_decay = 0.03, 0.8
     trainer = Trainer(recipe, tmp_path)
     result = trainer.run()
     assert (result.step, result.interrupted, result.part) == (40, False, tmp_path / "dvae")
     decibels, losses = column(tmp_path, "heldout_psnr"), column(tmp_path, "loss")
     assert len(decibels) == 4 and decibels[-1] > decibels[0] + 0.5 and decibels[-1] == result.figures["heldout_psnr"]
-    # Before that, it has no codes. How far the loss falls in so few steps differs by processor: to 0.83 with AVX2.
-    assert len(losses) == 40 and sum(losses[-8:]) < 0.9 * sum(losses[3:11])
+    assert len(losses) == 40 and sum(losses[-8:]) < 0.8 * sum(losses[3:11])  # before that, it has no codes
     assert column(tmp_path, "learning_rate")[:2] == pytest.approx([0.015, 0.03])
     assert column(tmp_path, "beta")[:3] == [0, 0, 0] and column(tmp_path, "temperature")[-1] == 0.5
     assert min(column(tmp_path, "pictures_per_second")) > 0 and min(column(tmp_path, "gradient_norm")) > 0

@@ -6,14 +6,14 @@ only seen true pictures does not look for that. Written by `genpipe data draw`, 
 
 import json
 import os
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save
 
 from genpipe.data.scenes import EmojiScenes, Example, Objects
 from genpipe.errors import InputError
@@ -44,10 +44,6 @@ class Triples(NamedTuple):
     true: np.ndarray
     drawn: np.ndarray
     captions: list[str]
-
-    def pictures(self) -> dict[str, np.ndarray]:
-        """Both kinds by name."""
-        return {"true": self.true, "drawn": self.drawn}
 
 
 class DrawnScenes:
@@ -86,12 +82,21 @@ class DrawnScenes:
 
 
 def save_drawn(path: Path, drawn: np.ndarray, settings: DrawnSettings) -> None:
-    """Write pictures, uint8 (n, 3, S, S), of the first n scenes of `settings`; a file that is there is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    header = {_ENTRY: json.dumps(asdict(settings))}
-    save_file({"drawn": torch.from_numpy(np.ascontiguousarray(drawn))}, fresh, metadata=header)
-    os.replace(fresh, path)
+    """Write pictures, uint8 (n, 3, S, S), of the first n scenes of `settings`: all of a file or nothing.
+
+    A file that is there is replaced. Raises InputError where it cannot be written.
+    """
+    data = save({"drawn": np.ascontiguousarray(drawn)}, metadata={_ENTRY: json.dumps(asdict(settings))})
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        try:
+            fresh.write_bytes(data)
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{str(path)!r} cannot be written ({reason}); choose another file or free space.") from error
 
 
 def load_drawn(path: Path) -> tuple[DrawnSettings, np.ndarray]:

@@ -146,9 +146,10 @@ class EmojiScenes:
         self.objects = tuple(
             name for name, words in vocabulary().objects.items() if words.common or objects != "common"
         )
-        common = [name for name in self.objects if vocabulary().objects[name].common]
-        rare = len(self.objects) - len(common)
-        self._drawn = (*self.objects, *common * (round(rare / len(common)) - 1 if objects == "mixed" else 0))
+        self._choices = self.objects  # of which one in so many is drawn; common ones may stand there several times
+        if objects == "mixed":
+            common = tuple(name for name in self.objects if vocabulary().objects[name].common)
+            self._choices += common * (round((len(self.objects) - len(common)) / len(common)) - 1)
         self.backgrounds = tuple(vocabulary().backgrounds)
         self.styles = styles
         self._glyphs = Glyphs(font)
@@ -192,9 +193,9 @@ class EmojiScenes:
         styled = style_generator.random(2 if kind == "pair" else 1) < _STYLED_SHARE if self.styles else ()
         while True:
             first, second, third, *more = generator.random(6).tolist()
-            objects: tuple[str, ...] = (_choice(self._drawn, first),)
+            objects: tuple[str, ...] = (_choice(self._choices, first),)
             if kind == "pair":
-                objects = (*objects, _choice(self._drawn, second))
+                objects = (*objects, _choice(self._choices, second))
                 if objects[0] == objects[1]:
                     continue
             background = _choice(self.backgrounds, third)

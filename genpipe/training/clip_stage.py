@@ -62,11 +62,14 @@ class ClipStage(Stage):
         self.validation = Validation(recipe.data, 200)
 
     def collate(self, pictures: np.ndarray, captions: list[str], generator: np.random.Generator) -> Batch:
-        drawn = [] if self.drawn is None else [self.drawn.pick(self.objective["drawn_rows"], generator)]
-        tokens = self.model.tokenize(captions + [caption for each in drawn for caption in each.captions])
-        batch = {"pixels": pictures, **{name: each for triples in drawn for name, each in triples.pictures().items()}}
-        arrays = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
-        return {**arrays, "ids": tokens.ids, "mask": tokens.mask}
+        arrays = {"pixels": pictures}
+        if self.drawn is not None:
+            true, drawn, more = self.drawn.pick(self.objective["drawn_rows"], generator)
+            arrays |= {"true": true, "drawn": drawn}
+            captions = [*captions, *more]
+        tokens = self.model.tokenize(captions)
+        pixels = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return {**pixels, "ids": tokens.ids, "mask": tokens.mask}
 
     def frozen(self) -> list[nn.Module]:
         return [] if self.dvae is None else [self.dvae]
@@ -92,12 +95,12 @@ class ClipStage(Stage):
         )
 
     def _features(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Features:
-        probability, true = self.objective["degrade"], [batch["pixels"]]
+        probability = self.objective["degrade"]
+        pixels = degrade(to_unit(batch["pixels"]), probability, generator, self.dvae)
         if self.drawn is not None:
-            true.append(batch["true"])
-        pixels = degrade(to_unit(torch.cat(true)), probability, generator, self.dvae)
-        if self.drawn is not None:
-            pixels = torch.cat([pixels, degrade(to_unit(batch["drawn"]), probability, generator)])
+            true = degrade(to_unit(batch["true"]), probability, generator, self.dvae)
+            drawn = degrade(to_unit(batch["drawn"]), probability, generator)
+            pixels = torch.cat([pixels, true, drawn])
         return model(pixels, batch["ids"], batch["mask"])
 
     def _loss(self, parts: list[Features]) -> tuple[Tensor, Logs]:

@@ -51,7 +51,7 @@ class DataConfig:
     seed: int = 0
     workers: int = 0
     hard_negatives: float = 0.0
-    twin_shares: list[float] = field(default_factory=lambda: [0.3, 0.25, 0.1, 0.2, 0.15])
+    twin_shares: list[float] = field(default_factory=lambda: [0.35, 0.3, 0.1, 0.25, 0.0])
     plain_batches: int = 0
     crop: str = "centre"
     embeddings: str = ""
@@ -206,8 +206,7 @@ _NOT_BELOW_0 = (
 )  # fmt: skip
 _FROM_0_TO_1 = (
     "data.hard_negatives", "data.unplaced_share", "optimizer.final_fraction", "objective.caption_dropout",
-    "objective.degrade",
-    "objective.text_weight", "objective.text_dropout", "objective.image_dropout",
+    "objective.degrade", "objective.text_weight", "objective.text_dropout", "objective.image_dropout",
     "objective.scrambled", "objective.layer_decay",
 )  # fmt: skip
 _FROM_0_BELOW_1 = (

@@ -29,8 +29,8 @@ from genpipe.training.config import Recipe, check
 from genpipe.training.data import check_source
 from genpipe.training.interrupts import stop_on_interrupt
 from genpipe.training.log import Log
-from genpipe.training.muon import has_native_bf16
 from genpipe.training.optimizer import learning_rate, make_optimizer
+from genpipe.training.precision import resolve_precision
 from genpipe.training.run_folder import CHECKPOINTS, check_same_run, claim, fingerprint
 from genpipe.training.stage import MicroBatch, Stage
 from genpipe.training.stages import STAGES
@@ -54,13 +54,6 @@ class TrainResult:
     interrupted: bool
     stopped_early: bool = False
     report: Report = field(default_factory=Report)
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` -> "bf16" where matrix products in bf16 are native, else "no"; others stay."""
-    if precision != "auto":
-        return precision
-    return "bf16" if has_native_bf16(device) else "no"
 
 
 def batch_seed(seed: int, number: int, stream: int) -> int:

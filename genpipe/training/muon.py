@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genpipe.training.precision import has_native_bf16
+
 MOMENTUM = 0.95
 NARROWEST = 32  # smaller side of a matrix that Muon takes; below, little is left to make orthogonal
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # of the quintic: singular values from 0.01 on come near 1 within five iterations
@@ -47,13 +49,6 @@ class MuonAdamW(torch.optim.AdamW):
         rms = 0.2 * max(ahead.shape) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(orthogonal(ahead).view_as(parameter), alpha=-group["lr"] * rms)
-
-
-def has_native_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are the device's own; emulated ones are tens of times slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
