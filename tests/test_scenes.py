@@ -433,6 +433,20 @@ def test_half_of_the_objects_of_mixed_scenes_are_common():
     assert scenes._choices != EmojiScenes().objects == EmojiScenes()._choices
 
 
+def test_emphasised_objects_are_drawn_three_times_as_often():
+    hard = ("sun", "cat")
+    names = [name for i in range(4000) for name in EmojiScenes(objects="common", emphasis=hard).scene(i).objects]
+    # of 40 + 2 x 2 places three each; pairs, which are two different ones, hold them a little less often
+    assert 0.11 < np.mean([name in hard for name in names]) < 0.16
+    assert EmojiScenes(objects="common", emphasis=()).scene(5) == EmojiScenes(objects="common").scene(5)
+
+
+@pytest.mark.parametrize(("objects", "name"), [("common", "tiger"), ("all", "yeti"), ("mixed", "")])
+def test_what_is_no_object_cannot_be_emphasised(objects, name):
+    with pytest.raises(InputError, match=f"'{name}' is to be emphasised, but it is no .*object of the scenes"):
+        EmojiScenes(objects=objects, emphasis=[name])
+
+
 def test_twin_captions_share_their_wording():
     scenes = EmojiScenes()
     for i in range(200):

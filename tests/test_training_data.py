@@ -201,6 +201,15 @@ def test_several_sources_give_their_shares(sources: dict[str, str], tmp_path: Pa
             check_source(DataConfig(source=bad))
 
 
+def test_emphasis_is_for_training_and_not_for_its_figures() -> None:
+    plain, hard = (DataConfig(size=16, objects="common", emphasis=names) for names in ("", "sun, cat,"))
+    captions = captions_of(hard, 200)
+    assert captions != captions_of(plain, 200) and sum("cat" in c or "sun" in c for c in captions) > 25
+    assert Validation(hard, 9).pairs()[1] == Validation(plain, 9).pairs()[1]
+    with pytest.raises(InputError, match="'yeti' is to be emphasised"):
+        check_source(DataConfig(emphasis="cat, yeti"))
+
+
 def test_sources_are_told_apart_and_checked(sources: dict[str, str], tmp_path: Path) -> None:
     assert is_shards("a/{00..10}.tar") and is_shards(str(Path(sources["shards"]).parent))
     assert not any(map(is_shards, ("scenes", sources["folder"], "pictures.csv", str(tmp_path))))

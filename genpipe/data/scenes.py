@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,7 +29,7 @@ from genpipe.data.layout import (
 from genpipe.data.likeness import Likeness
 from genpipe.data.styles import draw_attributes, shows_on
 from genpipe.data.twins import recount, rename, swap, turn
-from genpipe.data.vocabulary import split_words, vocabulary
+from genpipe.data.vocabulary import choices, split_words, vocabulary
 from genpipe.errors import InputError
 
 __all__ = [
@@ -115,6 +116,7 @@ class EmojiScenes:
         a sketch, a silhouette, pixel art or another colour; see `genpipe.data.styles`.
     plain_share: how often a place is told by "left of" or "above" rather than by "right of" or "below", in [0, 1].
     unplaced_share: of captions of two objects, twins' aside, that do not say where they are, in [0, 1].
+    emphasis: names of objects that are drawn three times as often as others.
     Raises InputError for arguments outside these limits. Instances hold no random state: they can be pickled, shared
     between worker processes and asked in any order.
     """
@@ -129,6 +131,7 @@ class EmojiScenes:
         unplaced_share: float = UNPLACED_SHARE,
         objects: Objects = "all",
         styles: bool = False,
+        emphasis: Sequence[str] = (),
     ):
         self.size = _whole_number(size, "The size of a scene in pixels", _SMALLEST_PICTURE, _LARGEST_PICTURE)
         self.seed = _whole_number(seed, "The seed of the scenes", 0)
@@ -146,10 +149,7 @@ class EmojiScenes:
         self.objects = tuple(
             name for name, words in vocabulary().objects.items() if words.common or objects != "common"
         )
-        self._choices = self.objects  # of which one in so many is drawn; common ones may stand there several times
-        if objects == "mixed":
-            common = tuple(name for name in self.objects if vocabulary().objects[name].common)
-            self._choices += common * (round((len(self.objects) - len(common)) / len(common)) - 1)
+        self._choices = choices(objects, emphasis)
         self.backgrounds = tuple(vocabulary().backgrounds)
         self.styles = styles
         self._glyphs = Glyphs(font)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from genpipe.errors import InputError
+
+EMPHASIS = 3  # how many times as often as others an emphasised object is drawn
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
 
@@ -68,6 +72,24 @@ def vocabulary() -> Vocabulary:
         for entry in data["backgrounds"]
     }
     return Vocabulary(objects, backgrounds)
+
+
+def choices(objects: str, emphasis: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of which one in so many is drawn for a scene; some of them stand there several times.
+
+    objects: "all", "common", or "mixed": all, and half of the time common ones. emphasis: names that are drawn three
+    times as often as they would be. Raises InputError for a name that is not among the objects.
+    """
+    entries = vocabulary().objects
+    common = tuple(name for name, words in entries.items() if words.common)
+    chosen = common if objects == "common" else tuple(entries)
+    unknown = [name for name in emphasis if name not in chosen]
+    if unknown:
+        kind = "" if chosen == tuple(entries) else "common "
+        raise InputError(f"{unknown[0]!r} is to be emphasised, but it is no {kind}object of the scenes; leave it out.")
+    if objects == "mixed":
+        chosen += common * (round((len(chosen) - len(common)) / len(common)) - 1)
+    return chosen + tuple(name for name in chosen if name in emphasis) * (EMPHASIS - 1)
 
 
 def split_words(text: str) -> list[str]:

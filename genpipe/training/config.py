@@ -24,6 +24,8 @@ class DataConfig:
     size: side of the training picture in pixels.
     objects: of emoji scenes, "all", the "common" ones alone, which the small models have time to learn, or
         "mixed": all, and half of the time common ones.
+    emphasis: names of objects of emoji scenes, separated by commas, that are drawn three times as often as others:
+        those that are hard to learn.
     unplaced_share: of captions of two objects, those that do not say where they are ("a cat and a dog").
     styles: of emoji scenes: half of the objects are a sketch, a silhouette, pixel art or of another colour.
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
@@ -45,6 +47,7 @@ class DataConfig:
     source: str = "scenes"
     size: int = 32
     objects: str = "all"
+    emphasis: str = ""
     unplaced_share: float = 0.08
     styles: bool = False
     split: str = "train"

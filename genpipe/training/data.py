@@ -57,6 +57,7 @@ def emoji_scenes(data: DataConfig, split: str, plain_share: float = PLAIN_SHARE)
         unplaced_share=data.unplaced_share,
         objects=cast(Objects, data.objects),
         styles=data.styles,
+        emphasis=[name.strip() for name in data.emphasis.split(",") if name.strip()],
     )
 
 
@@ -70,6 +71,7 @@ def check_source(data: DataConfig) -> None:
     for source in (data.source, data.validation):
         if source == "scenes":
             find_font()
+            emoji_scenes(data, data.split)  # which refuses settings that no scene can have
         elif is_shards(source):
             expand_shards(source)
         elif source and not Path(source).exists():

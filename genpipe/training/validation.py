@@ -1,5 +1,7 @@
 """The pictures that a run's figures and samples are made of: held out where that is possible, and called so."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from genpipe.data.scenes import EmojiScenes
@@ -18,7 +20,8 @@ class Validation:
     def __init__(self, data: DataConfig, count: int) -> None:
         source = data.validation or data.source
         self.kind = "heldout" if data.validation or source == "scenes" else "seen"
-        self.scenes: EmojiScenes | None = emoji_scenes(data, "heldout") if source == "scenes" else None
+        plain = replace(data, emphasis="")  # figures of runs with and without it can be compared
+        self.scenes: EmojiScenes | None = emoji_scenes(plain, "heldout") if source == "scenes" else None
         self._count = count
         self._pairs: tuple[np.ndarray, list[str]] | None = None
         if self.scenes is None:  # what is wrong with files shows at the start
