@@ -59,7 +59,7 @@ def prior() -> Recipe:
     to the true ones, held-out scenes, 10 steps: 0.857 at step 500 and 0.858 at 1,700 without guidance, 0.886 at 1,700
     with guidance 2; the text embedding itself has 0.842. The shipped weights went on for 800 steps beside the present
     CLIP, and then, with optimizer.method=muon, data.objects=common, data.unplaced_share=0.5 and batches of 64, for 900
-    (37 minutes of a core without bf16, shared). The last made DALL-E 2 draw two objects in no stated place: right in 81 %
+    (37 minutes of a core without bf16, shared). The last taught DALL-E 2 two objects in no stated place: right in 81 %
     of 48 pictures, 50 to 58 % before, 79 % from the embeddings of true pictures.
     """
     return Recipe(
