@@ -146,10 +146,8 @@ class EmojiScenes:
         self.split: Split = split
         self.plain_share = plain_share
         self.unplaced_share = unplaced_share
-        self.objects = tuple(
-            name for name, words in vocabulary().objects.items() if words.common or objects != "common"
-        )
         self._choices = choices(objects, emphasis)
+        self.objects = tuple(dict.fromkeys(self._choices))
         self.backgrounds = tuple(vocabulary().backgrounds)
         self.styles = styles
         self._glyphs = Glyphs(font)
