@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_dvae
 from test_upsampler import UNET
 
 from genpipe.dalle2.upsampler import Upsampler
 from genpipe.data.scenes import EmojiScenes
 from genpipe.errors import InputError
 from genpipe.images import resize, to_unit
-from genpipe.parts import load_part
+from genpipe.parts import load_part, save_part
 from genpipe.training.config import DataConfig, OptimizerConfig, Recipe, RunConfig, check
 from genpipe.training.loop import Trainer
 from genpipe.training.recipes import recipe
@@ -26,7 +27,7 @@ def tiny(**changes: Any) -> Recipe:
     """16 to 64 pixels, crops of 32, on one thread; `changes` are fields of model, objective or run."""
     model = {"unet_config": UNET, "patch_size": 2, "prediction_type": "sample", "residual": True, "corruption": BLUR}
     model["num_inference_steps"] = 2
-    objective = {"crop": 32, "min_snr_gamma": 0.0}
+    objective = {"crop": 32, "min_snr_gamma": 0.0, "dvae": "", "dvae_share": 0.5}
     run: dict[str, Any] = {"steps": 6, "batch_size": 4, "precision": "no", "threads": 1, "log_every": 2}
     for name, value in changes.items():
         next(group for group in (objective, run, model) if group is model or name in group)[name] = value
@@ -66,6 +67,37 @@ def test_a_crop_may_be_the_whole_picture() -> None:
     assert np.array_equal(batch["pixels"].numpy(), pictures)
 
 
+def test_a_share_of_the_small_pictures_goes_through_the_dvae(tmp_path: Path) -> None:
+    dvae = tiny_dvae(num_codes=16).eval()
+    save_part(dvae, tmp_path / "dvae")
+    pictures, captions = EmojiScenes(size=64).batch(0, 4)
+
+    def seen(share: float) -> list[torch.Tensor]:
+        stage = UpsamplerStage(tiny(crop=64, dvae=str(tmp_path / "dvae"), dvae_share=share), None)
+        assert [type(module) for module in stage.frozen()] == [type(dvae)]
+        batch = stage.collate(pictures, captions, np.random.default_rng(0))
+        kept, looks = batch["low"].clone(), list[torch.Tensor]()
+        stage.model.register_forward_pre_hook(lambda module, given: looks.append(given[2]))
+        stage.loss(stage.model, batch, 0, torch.Generator().manual_seed(0))
+        assert torch.equal(batch["low"], kept)
+        return [kept, (looks[0] + 1) / 2]
+
+    corrupted, low = seen(0.0)
+    torch.testing.assert_close(low, corrupted)
+    with torch.no_grad():
+        clean = resize(to_unit(torch.from_numpy(pictures)), 16, mode="bicubic", clamp=True)
+        drawn = dvae.decode(dvae.encode(clean))
+    torch.testing.assert_close(seen(1.0)[1], drawn)
+    some = [bool(torch.allclose(row, other, atol=1e-5)) for row, other in zip(seen(0.5)[1], drawn, strict=True)]
+    assert 0 < sum(some) < 4
+
+
+def test_a_dvae_needs_whole_pictures_of_its_own_size(tmp_path: Path) -> None:
+    save_part(tiny_dvae(num_codes=16), tmp_path / "dvae")
+    with pytest.raises(InputError, match="objective.crop is 32 and data.size 64; .* set both to 64"):
+        UpsamplerStage(tiny(dvae=str(tmp_path / "dvae")), None)
+
+
 @pytest.mark.parametrize("prediction", ["sample", "epsilon", "v_prediction"])
 def test_one_batch_can_be_learned(prediction: str) -> None:
     stage = UpsamplerStage(tiny(prediction_type=prediction, residual=False, crop=16), None)
@@ -100,6 +132,7 @@ def test_a_run_is_saved_as_the_pipelines_load_it_and_shows_its_figures(tmp_path:
     "changes, words",
     [
         ({"crop": 30}, "multiples of 4"),
+        ({"dvae": "nowhere", "crop": 64}, "nowhere"),
         ({"crop": 128}, "no larger than the picture"),
         ({"patch_size": 3}, "multiples of 12"),
         ({"corruption": {"kind": "blur", "kernel": 2}}, "odd number"),

@@ -193,7 +193,7 @@ def upsampler_256() -> Recipe:
             "corruption": {"kind": "blur", "kernel": 5, "sigma": [0.0, 1.0], "noise": [0.0, 0.03]},
             "num_inference_steps": 5,
         },
-        objective={"crop": 128, "min_snr_gamma": 0.0},
+        objective={"crop": 128, "min_snr_gamma": 0.0, "dvae": "", "dvae_share": 0.5},
         data=_scenes(size=256),
         optimizer=OptimizerConfig(method="muon", learning_rate=5e-4, weight_decay=1e-2, warmup_steps=500),
         run=RunConfig(steps=30_000, batch_size=64, precision="bf16", ema_decay=0.9995, validate_every=2000),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from genpipe.dalle1.dvae import DVAE
 from genpipe.dalle2.losses import cumulative_alphas, denoising_loss, diffuse, stratified_timesteps, training_target
 from genpipe.dalle2.upsampler import Upsampler, upsample
 from genpipe.errors import InputError
@@ -29,6 +30,8 @@ class UpsamplerStage(Stage):
     """One upsampler: every picture gives a random crop, and the crop the small picture that the UNet sees beside it.
 
     The paper's crops have a quarter of the picture's side; objective.crop is a side in pixels of the large picture.
+    With objective.dvae a share of the small pictures, objective.dvae_share, went through that discrete VAE's tokens: an
+    upsampler that DALL-E 1 shares then learns to put right what those lose. Tokens stand for whole pictures, not crops.
     """
 
     part = "upsampler"
@@ -42,8 +45,23 @@ class UpsamplerStage(Stage):
                 f"objective.crop is {self.crop} and data.size {size}; both must be multiples of {multiple} for this "
                 "upsampler, and the crop no larger than the picture."
             )
+        self.dvae = load_part(DVAE, self.objective["dvae"]).requires_grad_(False) if self.objective["dvae"] else None
+        if self.dvae is not None and {self.crop, size} != {self.dvae.config.resolution * self.factor}:
+            side = self.dvae.config.resolution
+            raise InputError(
+                f"objective.crop is {self.crop} and data.size {size}; pictures of {side} pixels that went through "
+                f"objective.dvae are enlarged whole: set both to {side * self.factor}."
+            )
         self.alphas = cumulative_alphas(self.model.config.beta_schedule, self.model.config.num_train_timesteps)
         self.validation = Validation(recipe.data, _VALIDATED)
+
+    @property
+    def factor(self) -> int:
+        """How many times larger the drawn picture is."""
+        return self.model.config.factor
+
+    def frozen(self) -> list[nn.Module]:
+        return [] if self.dvae is None else [self.dvae]
 
     def collate(self, pictures: np.ndarray, captions: list[str], generator: np.random.Generator) -> Batch:
         """Crops uint8 (B, 3, C, C) and their small pictures, float (B, 3, C / f, C / f) in [0, 1]; no captions."""
@@ -51,14 +69,26 @@ class UpsamplerStage(Stage):
         crops = np.stack(
             [picture[:, y : y + self.crop, x : x + self.crop] for picture, (y, x) in zip(pictures, places, strict=True)]
         )
-        pixels, side = torch.from_numpy(crops), self.crop // self.model.config.factor
+        pixels, side = torch.from_numpy(crops), self.crop // self.factor
         mode = self.model.config.resize_mode
         low = self.model.degradation.degrade(to_unit(pixels), (side, side), mode, generator)
         return {"pixels": pixels, "low": low}
 
+    @torch.no_grad()
+    def _low(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """The batch's small pictures (B, 3, C / f, C / f), a share of them as the dVAE's tokens have them."""
+        low = batch["low"]
+        if self.dvae is None:
+            return low
+        rows = torch.rand(len(low), generator=generator, device=generator.device) < self.objective["dvae_share"]
+        if rows.any():
+            rows, low = rows.to(low.device), low.clone()
+            low[rows] = self.dvae.decode(self.dvae.encode(shrink(self.model, to_unit(batch["pixels"][rows]))))
+        return low
+
     def loss(self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         c = self.model.config
-        x_0, low = unit_to_signed(to_unit(batch["pixels"])), unit_to_signed(batch["low"])
+        x_0, low = unit_to_signed(to_unit(batch["pixels"])), unit_to_signed(self._low(batch, generator))
         t = stratified_timesteps(len(x_0), c.num_train_timesteps, generator)
         noise = torch.randn(x_0.shape, generator=generator).to(x_0)
         alpha_bar, t = self.alphas[t].to(x_0), t.to(x_0.device)
