@@ -36,7 +36,7 @@ def tiny_decoder_recipe(family: Path, model: dict[str, Any] | None = None, **obj
     """Two levels beside the tiny family's CLIP: 16 x 16 pixels."""
     settings = {
         "clip": str(family / "clip"), "new_clip": False, "image_dropout": 0.1, "text_dropout": 0.5,
-        "min_snr_gamma": 0.0, "timestep_shift": 1.0, "bound_weight": 0.001,
+        "min_snr_gamma": 0.0, "contrast_power": 0.0, "timestep_shift": 1.0, "bound_weight": 0.001,
     }  # fmt: skip
     return Recipe(
         name="tiny decoder",

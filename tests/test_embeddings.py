@@ -237,6 +237,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "text_dropout": 0.5,
         "new_clip": False,
         "min_snr_gamma": 5.0,
+        "contrast_power": 0.0,
         "timestep_shift": 1.0,
         "bound_weight": 0.001,
     },

@@ -27,7 +27,7 @@ def tiny(**changes: Any) -> Recipe:
     """16 to 64 pixels, crops of 32, on one thread; `changes` are fields of model, objective or run."""
     model = {"unet_config": UNET, "patch_size": 2, "prediction_type": "sample", "residual": True, "corruption": BLUR}
     model["num_inference_steps"] = 2
-    objective = {"crop": 32, "min_snr_gamma": 0.0, "dvae": "", "dvae_share": 0.5}
+    objective = {"crop": 32, "min_snr_gamma": 0.0, "contrast_power": 0.0, "dvae": "", "dvae_share": 0.5}
     run: dict[str, Any] = {"steps": 6, "batch_size": 4, "precision": "no", "threads": 1, "log_every": 2}
     for name, value in changes.items():
         next(group for group in (objective, run, model) if group is model or name in group)[name] = value
@@ -158,3 +158,16 @@ def test_shipped_recipes_are_checked_and_their_crops_fit(name: str) -> None:
     assert shipped.objective["crop"] % multiple == 0 and shipped.data.size % multiple == 0
     if name != "upsampler":
         assert shipped.objective["crop"] * 4 == shipped.data.size  # a quarter of the side
+
+
+def test_contrast_power_changes_the_loss_and_no_figure() -> None:
+    pictures, captions = EmojiScenes(size=64).batch(0, 4)
+    losses, figures = [], []
+    for power in (0.0, 1.0):
+        torch.manual_seed(0)
+        stage = UpsamplerStage(tiny(contrast_power=power), None)
+        batch = stage.collate(pictures, captions, np.random.default_rng(0))
+        loss, logs = stage.loss(stage.model, batch, 0, torch.Generator().manual_seed(0))
+        losses.append(loss.item())
+        figures.append(logs["mse"].item())
+    assert figures[0] == figures[1] and losses[0] == pytest.approx(figures[0]) and losses[1] != losses[0]

@@ -205,7 +205,7 @@ _NOT_BELOW_0 = (
     "optimizer.weight_decay", "optimizer.warmup_steps", "objective.temperature_steps", "objective.kl_weight",
     "objective.kl_steps", "objective.squared_error", "objective.warm_up_steps", "objective.twin_weight",
     "objective.drawn_weight", "objective.statistics_pairs", "objective.min_snr_gamma", "objective.bound_weight",
-    "objective.patience", "objective.tower_rate", "objective.cache_megabytes",
+    "objective.patience", "objective.tower_rate", "objective.cache_megabytes", "objective.contrast_power",
 )  # fmt: skip
 _FROM_0_TO_1 = (
     "data.hard_negatives", "data.unplaced_share", "optimizer.final_fraction", "objective.caption_dropout",

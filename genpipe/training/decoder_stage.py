@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from genpipe.clip.model import CLIP
 from genpipe.dalle2.decoder import Decoder
 from genpipe.dalle2.losses import (
+    contrast_weight,
     cumulative_alphas,
     denoising_loss,
     diffuse,
@@ -98,7 +99,8 @@ class DecoderStage(Stage):
         output = model(x_t, t, *condition, batch["image_kept"]).float()
         prediction, fraction = output[:, :3], output[:, 3:]
         target = training_target(x_0, noise, alpha_bar, c.prediction_type)
-        loss, errors = denoising_loss(prediction, target, alpha_bar, c.prediction_type, o["min_snr_gamma"] or None)
+        gamma, weight = o["min_snr_gamma"] or None, contrast_weight(x_0, o["contrast_power"])
+        loss, errors = denoising_loss(prediction, target, alpha_bar, c.prediction_type, gamma, weight)
         logs = {"mse": errors.mean()}
         for quarter, name in enumerate(("clean", "light", "heavy", "noise")):
             rows = t * 4 // c.num_train_timesteps == quarter

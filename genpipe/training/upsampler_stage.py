@@ -11,7 +11,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from genpipe.dalle1.dvae import DVAE
-from genpipe.dalle2.losses import cumulative_alphas, denoising_loss, diffuse, stratified_timesteps, training_target
+from genpipe.dalle2.losses import (
+    contrast_weight,
+    cumulative_alphas,
+    denoising_loss,
+    diffuse,
+    stratified_timesteps,
+    training_target,
+)
 from genpipe.dalle2.upsampler import Upsampler, upsample
 from genpipe.errors import InputError
 from genpipe.evaluation.upsampling import shrink, upsampling_figures
@@ -95,7 +102,8 @@ class UpsamplerStage(Stage):
         prediction = model(diffuse(x_0, noise, alpha_bar), t, low)
         target = training_target(x_0, noise, alpha_bar, c.prediction_type)
         gamma = self.objective["min_snr_gamma"] or None
-        loss, errors = denoising_loss(prediction, target, alpha_bar, c.prediction_type, gamma)
+        weight = contrast_weight(x_0, self.objective["contrast_power"])
+        loss, errors = denoising_loss(prediction, target, alpha_bar, c.prediction_type, gamma, weight)
         logs = {"mse": errors.mean()}
         for quarter, name in enumerate(("clean", "light", "heavy", "noise")):
             rows = t * 4 // c.num_train_timesteps == quarter
