@@ -92,6 +92,8 @@ def test_the_loss_is_a_mean_over_the_batch() -> None:
         for i in (0, 1)
     ]
     assert float(both) == pytest.approx(float(single[0] + single[1]) / 2, rel=1e-5)
+    weighted, _ = relaxed_elbo_loss(pixels, mu, ln_b, logits, 2.0, 3.0, row_weight=torch.tensor([0.5, 1.5]))
+    assert float(weighted) == pytest.approx(float(0.5 * single[0] + 1.5 * single[1]) / 2, rel=1e-5)
 
 
 def test_text_and_image_are_weighted_one_to_seven() -> None:

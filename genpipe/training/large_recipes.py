@@ -72,6 +72,8 @@ def dvae_64() -> Recipe:
             "kl_weight": 0.1,
             "kl_steps": 5000,
             "squared_error": 1000.0,
+            "contrast_power": 0.0,
+            "freeze_codes": False,
             "warm_up_steps": 1000,
         },
         data=_scenes(),

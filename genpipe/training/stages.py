@@ -19,9 +19,10 @@ from genpipe.dalle1.mindalle import MinDALLETransformer
 from genpipe.dalle1.sampling import generate_tokens
 from genpipe.dalle1.transformer import DALLE1Transformer
 from genpipe.dalle1.vqgan import VQGAN
+from genpipe.dalle2.losses import contrast_weight
 from genpipe.errors import InputError
 from genpipe.evaluation.reconstruction import reconstruction_figures
-from genpipe.images import make_grid, to_pil, to_unit
+from genpipe.images import make_grid, to_pil, to_unit, unit_to_signed
 from genpipe.parts import load_one_of, load_part
 from genpipe.training.clip_stage import ClipStage
 from genpipe.training.config import Recipe
@@ -33,6 +34,8 @@ from genpipe.training.prior_stage import PriorStage
 from genpipe.training.stage import Logs, Stage, build, tokenizer_for
 from genpipe.training.upsampler_stage import UpsamplerStage
 from genpipe.training.validation import Validation
+
+_TOKENS = 1e-6  # temperature at which the relaxation is the arg-max code itself
 
 
 def schedule(start: float, end: float, step: int, steps: int) -> float:
@@ -46,13 +49,22 @@ def _pixels(pictures: np.ndarray) -> Tensor:
 
 
 class DVAEStage(Stage):
-    """The discrete VAE: relaxed ELBO with the paper's schedules of temperature and KL weight (2102.12092, 2.1, A.2)."""
+    """The discrete VAE: relaxed ELBO with the paper's schedules of temperature and KL weight (2102.12092, 2.1, A.2).
+
+    objective.freeze_codes leaves encoder and code book as they are and trains the decoder on the tokens themselves: a
+    transformer that was trained beside this dVAE still fits.
+    """
 
     part = "dvae"
 
     def __init__(self, recipe: Recipe, resumed: Path | None) -> None:
         self.objective = recipe.objective
+        if self.objective["freeze_codes"] and not recipe.init:
+            raise InputError("objective.freeze_codes leaves tokens as they are; name a trained dVAE with init=FOLDER.")
         self.model = load_part(DVAE, recipe.init) if recipe.init else build(DVAE, recipe.model)
+        if self.objective["freeze_codes"]:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name.startswith("decoder."))
         size, native = recipe.data.size, self.model.config.resolution
         if size != native:
             raise InputError(f"data.size is {size}, but the dVAE's resolution is {native}; make both the same.")
@@ -84,11 +96,14 @@ class DVAEStage(Stage):
         temperature = schedule(o["temperature"], o["final_temperature"], step, o["temperature_steps"])
         beta = schedule(0.0, o["kl_weight"], step, o["kl_steps"]) if quantise else 0.0
         gumbel = None
-        if quantise:
+        if o["freeze_codes"]:
+            temperature = _TOKENS
+        elif quantise:
             cells = pixels.shape[-1] // self.model.factor
             gumbel = gumbel_noise((len(pixels), self.model.num_codes, cells, cells), generator, pixels)
         output = model(pixels, temperature=temperature, gumbel=gumbel, quantise=quantise)
-        loss, logs = relaxed_elbo_loss(pixels, output.mu, output.ln_b, output.logits, beta, o["squared_error"])
+        weight = contrast_weight(unit_to_signed(pixels), o["contrast_power"])
+        loss, logs = relaxed_elbo_loss(pixels, output.mu, output.ln_b, output.logits, beta, o["squared_error"], weight)
         return loss, {**logs, "temperature": torch.tensor(temperature), "beta": torch.tensor(beta)}
 
     def _validation_pixels(self) -> Tensor:
