@@ -15,7 +15,6 @@ from genpipe.errors import InputError
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")  # diffusers' names of noise, x_0 and v
 # Steps at and above this signal-to-noise ratio count as clean: there is nothing to predict.
 _MAX_SNR = 1e8
-_LEAST_CONTRAST = 0.02  # of a picture whose weight still grows; about three levels of 255
 
 
 def cumulative_alphas(beta_schedule: str, num_train_timesteps: int) -> Tensor:
@@ -82,17 +81,6 @@ def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Ten
     snr = (alpha_bar / (1 - alpha_bar)).clamp(max=_MAX_SNR)
     measured = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
     return snr.clamp(max=gamma) / measured
-
-
-def contrast_weight(x_0: Tensor, power: float) -> Tensor:
-    """Weight (B,) of each row's squared error: its picture's contrast to the power -`power`, scaled to a mean of 1.
-
-    A departure from the papers. Contrast is the RMS distance of pixels (B, 3, H, W) in [-1, 1] from their mean colour:
-    what has nearly the colour of its background hardly moves a squared error, and is learned last.
-    """
-    contrast = (x_0 - x_0.mean(dim=(2, 3), keepdim=True)).square().flatten(1).mean(dim=1).sqrt()
-    weight = contrast.clamp(min=_LEAST_CONTRAST).pow(-power)
-    return weight / weight.mean()
 
 
 def denoising_loss(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from genpipe.clip.model import CLIP
 from genpipe.dalle2.decoder import Decoder
 from genpipe.dalle2.losses import (
-    contrast_weight,
     cumulative_alphas,
     denoising_loss,
     diffuse,
@@ -29,6 +28,7 @@ from genpipe.images import make_grid, signed_to_unit, to_pil, to_unit, unit_to_s
 from genpipe.parts import load_part
 from genpipe.tokenizer import TokenBatch
 from genpipe.training.config import Recipe
+from genpipe.training.contrast import contrast_weight
 from genpipe.training.data import Batch, check_embeddings
 from genpipe.training.stage import Logs, Stage, adopt_clip, build
 from genpipe.training.validation import Validation

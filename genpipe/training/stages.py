@@ -19,13 +19,13 @@ from genpipe.dalle1.mindalle import MinDALLETransformer
 from genpipe.dalle1.sampling import generate_tokens
 from genpipe.dalle1.transformer import DALLE1Transformer
 from genpipe.dalle1.vqgan import VQGAN
-from genpipe.dalle2.losses import contrast_weight
 from genpipe.errors import InputError
 from genpipe.evaluation.reconstruction import reconstruction_figures
 from genpipe.images import make_grid, to_pil, to_unit, unit_to_signed
 from genpipe.parts import load_one_of, load_part
 from genpipe.training.clip_stage import ClipStage
 from genpipe.training.config import Recipe
+from genpipe.training.contrast import contrast_weight
 from genpipe.training.data import Batch
 from genpipe.training.decoder_stage import DecoderStage
 from genpipe.training.detector_stage import DetectorStage

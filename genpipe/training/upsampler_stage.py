@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from genpipe.dalle1.dvae import DVAE
 from genpipe.dalle2.losses import (
-    contrast_weight,
     cumulative_alphas,
     denoising_loss,
     diffuse,
@@ -25,6 +24,7 @@ from genpipe.evaluation.upsampling import shrink, upsampling_figures
 from genpipe.images import make_grid, resize, to_pil, to_unit, unit_to_signed
 from genpipe.parts import load_part
 from genpipe.training.config import Recipe
+from genpipe.training.contrast import contrast_weight
 from genpipe.training.data import Batch
 from genpipe.training.stage import Logs, Stage, build
 from genpipe.training.validation import Validation
