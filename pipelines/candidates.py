@@ -128,21 +128,32 @@ class Tracker:
 class Best:
     """The best `keep` pictures of each of B prompts so far, by CLIP's score; the first ones where nothing is ranked."""
 
-    def __init__(self, clip: CLIP | None, embedding: Tensor | None, prompts: int, keep: int, seed: int) -> None:
+    def __init__(
+        self,
+        clip: CLIP | None,
+        embedding: Tensor | None,
+        prompts: int,
+        keep: int,
+        seed: int,
+        fault: Callable[[Tensor, int], Tensor] | None = None,
+    ) -> None:
         """embedding (B, D): what the pictures are compared with, None: they are not ranked; prompts: B; seed: of the
-        first candidate of every prompt.
+        first candidate of every prompt; fault: pictures (n, 3, H, W) of a prompt and its number -> what is taken from
+        their scores (n,) before they are ranked.
         """
-        self.clip, self.embedding, self.seed = clip, embedding, seed
+        self.clip, self.embedding, self.seed, self.fault = clip, embedding, seed, fault
         self._kept = [TopK(keep) for _ in range(prompts)]
 
     def rank(self, block: Block, pixels: Iterable[Tensor]) -> None:
         """Score a block's pictures, (n, 3, H, W) in [0, 1] for each of its prompts, and keep the best."""
-        ranked = [
-            (self._score(drawn, prompt), to_pil(drawn)) for prompt, drawn in zip(block.prompts, pixels, strict=True)
-        ]
+        ranked = []
+        for prompt, drawn in zip(block.prompts, pixels, strict=True):
+            scores = self._score(drawn, prompt)
+            values = scores if self.fault is None or self.embedding is None else scores - self.fault(drawn, prompt)
+            ranked.append((values, list(zip(to_pil(drawn), scores.tolist(), strict=True))))
         # Only now, so that a block that ran out of memory half-way leaves nothing behind and can be drawn again.
-        for prompt, (scores, pictures) in zip(block.prompts, ranked, strict=True):
-            self._kept[prompt].update(scores, pictures, block.candidates.start)
+        for prompt, (values, scored) in zip(block.prompts, ranked, strict=True):
+            self._kept[prompt].update(values, scored, block.candidates.start)
 
     def _score(self, drawn: Tensor, prompt: int) -> Tensor:
         if self.clip is None or self.embedding is None:
@@ -153,10 +164,10 @@ class Best:
 
     def output(self, prompts: Sequence[str], complete: bool) -> GenerationOutput:
         """What a pipeline returns: the pictures of each prompt, best first."""
-        ranked = [kept.result() for kept in self._kept]  # (score, index, picture)
+        ranked = [kept.result() for kept in self._kept]  # (value, index, (picture, score))
         return GenerationOutput(
-            images=[[picture for _, _, picture in entries] for entries in ranked],
-            scores=[[None if self.embedding is None else float(value) for value, _, _ in row] for row in ranked],
+            images=[[picture for _, _, (picture, _) in entries] for entries in ranked],
+            scores=[[None if self.embedding is None else score for _, _, (_, score) in row] for row in ranked],
             seeds=[[self.seed + index for _, index, _ in entries] for entries in ranked],
             prompts=list(prompts),
             complete=complete,

@@ -1,5 +1,7 @@
 """DALL-E 1 put together (2102.12092, 2.6): caption -> image tokens -> dVAE -> pictures, the best of many by CLIP.
 
+DALL-E 2's decoder may have a say in that: CLIP sees what is in a picture, the decoder how well it is drawn.
+
 Legend: B prompts, n candidates per prompt, N image tokens, H W pixels, D CLIP width.
 """
 
@@ -15,24 +17,26 @@ from torch import Tensor
 from genpipe.clip.model import CLIP
 from genpipe.dalle1.cached import CachedTransformer
 from genpipe.dalle1.sampling import generate_tokens, rows_within
+from genpipe.dalle2.critic import can_judge, denoising_errors
 from genpipe.errors import InputError
 from genpipe.images import to_pil
 from genpipe.tokenizer import TokenBatch
 from pipelines import request
 from pipelines.base import FamilyPipeline
 from pipelines.candidates import Best, Block, Tracker, blocks, in_blocks
+from pipelines.encoding import TextEncoding, check_fit
 from pipelines.enlarging import Enlarging, upsampled
-from pipelines.protocols import Enlarger, ImageTokenizer
+from pipelines.protocols import Enlarger, ImageTokenizer, PictureDecoder
 from pipelines.request import Callback, GenerationOutput
 from pipelines.settings import DALLE1Sampling, resolved, sampling_of, upsampling_of
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """`tokens` (B, L) for the transformer, `text_embedding` (B, D) of CLIP for reranking, None: nothing is ranked."""
+    """`tokens` (B, L) for the transformer, `text` as CLIP encodes it for reranking, None: nothing is ranked."""
 
     tokens: TokenBatch
-    text_embedding: Tensor | None
+    text: TextEncoding | None
 
 
 class DALLE1Pipeline(FamilyPipeline):
@@ -43,6 +47,7 @@ class DALLE1Pipeline(FamilyPipeline):
         dvae, transformer: the learned parts, of any class that pipelines.family_info names; the transformer's codes
             and grid must be the dVAE's.
         upsampler: enlarges the pictures that are kept, the same part as DALL-E 2's; None: they stay as they are.
+        decoder: DALL-E 2's, beside the same CLIP; helps CLIP to rank where DALLE1Sampling.decoder_weight is not 0.
         defaults: settings by name, fields of DALLE1Sampling, to use where a call leaves them out.
         family: name of the family the parts belong to, for messages.
         known_words: all words, lower case, of the captions that the parts were trained on; words of a prompt that are
@@ -54,9 +59,10 @@ class DALLE1Pipeline(FamilyPipeline):
     dvae: ImageTokenizer
     transformer: CachedTransformer
     upsampler: Enlarger | None
+    decoder: PictureDecoder | None
 
-    _optional_components = ["clip", "upsampler"]
-    model_cpu_offload_seq = "transformer->dvae->clip->upsampler"
+    _optional_components = ["clip", "upsampler", "decoder"]
+    model_cpu_offload_seq = "transformer->dvae->clip->decoder->upsampler"
 
     def __init__(
         self,
@@ -67,6 +73,7 @@ class DALLE1Pipeline(FamilyPipeline):
         defaults: Mapping[str, Any] | None = None,
         family: str = "",
         known_words: Sequence[str] | None = None,
+        decoder: ModelMixin | None = None,
     ) -> None:
         super().__init__()
         codes, grid = transformer.config.num_image_tokens, transformer.config.grid_size
@@ -76,7 +83,8 @@ class DALLE1Pipeline(FamilyPipeline):
                 f"on {dvae.grid_size}x{dvae.grid_size}; take both from one family."
             )
         sampling_of("dalle1", defaults or {})
-        self.register_modules(clip=clip, dvae=dvae, transformer=transformer, upsampler=upsampler)
+        self.register_modules(clip=clip, dvae=dvae, transformer=transformer, upsampler=upsampler, decoder=decoder)
+        self._no_judge = self._why_no_judge()  # now, while no weights have been moved away
         self.register_family(defaults, family, known_words)
 
     @torch.no_grad()
@@ -115,7 +123,8 @@ class DALLE1Pipeline(FamilyPipeline):
         encoded = self.encode_prompts(prompts)
         num_candidates = num_candidates if self.ranks else keep
 
-        best = Best(self.clip, encoded.text_embedding, len(prompts), keep, seed)
+        embedding = None if encoded.text is None else encoded.text.embedding
+        best = Best(self.clip, embedding, len(prompts), keep, seed, self.fault_finder(encoded, sampling.decoder_weight))
         enlarging = Enlarging.of(self.upsampler, sampling)
         tracker = Tracker(callback, len(prompts) * num_candidates, enlarging is not None)
 
@@ -137,21 +146,50 @@ class DALLE1Pipeline(FamilyPipeline):
     ) -> DALLE1Sampling:
         """What a call uses: settings that are given by name, the rest as in `sampling`, or without one the defaults.
 
-        Raises InputError for numbers out of range, unknown names, and for an upsampler that is not there.
+        Raises InputError for numbers out of range, unknown names, and for an upsampler or a decoder that is not there.
         """
-        return upsampling_of(resolved("dalle1", given or {}, sampling, self.config.defaults), self.upsampler)
+        chosen = upsampling_of(resolved("dalle1", given or {}, sampling, self.config.defaults), self.upsampler)
+        if chosen.decoder_weight and self._no_judge is not None:
+            raise self._no_judge
+        return chosen
+
+    def _why_no_judge(self) -> InputError | None:
+        """Why the decoder cannot have a say in the ranking; None: it can, or nothing is ranked."""
+        if not self.ranks:
+            return None
+        if self.decoder is None or not can_judge(self.decoder):
+            return InputError(
+                "These weights have no decoder of pixels that reads CLIP's text, which a decoder_weight needs; set it "
+                "to 0."
+            )
+        try:
+            check_fit(self.clip, self.decoder, None)
+        except InputError as error:  # which matters only to those who use it
+            return error
+        return None
+
+    def fault_finder(self, encoded: EncodedPrompts, weight: float) -> Callable[[Tensor, int], Tensor] | None:
+        """What is taken from the scores of pictures (n, 3, H, W) of prompt i: `weight` times the log of their errors.
+
+        The errors of `genpipe.dalle2.critic`; None where nothing is taken.
+        """
+        text = encoded.text
+        if not weight or text is None or self.decoder is None:
+            return None
+        return lambda pixels, i: weight * denoising_errors(self.decoder, pixels, text.rows([i])).log().cpu()
 
     def encode_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:
         """Clean prompts -> ids for the transformer and CLIP's text embeddings; warns of prompts that are too long."""
         tokenizer, length = self.transformer.tokenizer, self.transformer.config.text_length
         read = [request.shorten(prompt, tokenizer, length) for prompt in prompts]
-        ranked, embedding = read, None
+        ranked, text = read, None
         if self.clip is not None and self.ranks:
             ranked = [request.shorten(prompt, self.clip.tokenizer, self.clip.context_length) for prompt in prompts]
-            embedding = self.clip.encode_text(ranked).embedding
+            encoded = self.clip.encode_text(ranked)
+            text = TextEncoding(encoded.embedding, encoded.states, encoded.mask)
         for prompt, beginning, compared in zip(prompts, read, ranked, strict=True):
             request.warn_of_cut_prompt(prompt, beginning, compared)
-        return EncodedPrompts(tokenizer(read, length).to(self.computes_on), embedding)
+        return EncodedPrompts(tokenizer(read, length).to(self.computes_on), text)
 
     def sample_tokens(
         self,

@@ -19,6 +19,7 @@ FLAGS = {
     "top_k": "--top-k",
     "top_p": "--top-p",
     "guidance_scale": "--guidance",
+    "decoder_weight": "--decoder-weight",
     "num_inference_steps": "--steps",
     "scheduler": "--scheduler",
     "negative_prompt": "--negative",
@@ -51,7 +52,7 @@ def generate(
     keep: Annotated[
         int | None,
         typer.Option(
-            help="Best pictures to keep per prompt, by CLIP's score.", show_default="4, or all if fewer are drawn"
+            help="Best pictures to keep per prompt, as CLIP ranks them.", show_default="4, or all if fewer are drawn"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first candidate; the others count up from it.")] = 0,
@@ -61,9 +62,15 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="dalle1: draw among the likeliest tokens of this total chance.")
     ] = None,
+    decoder_weight: Annotated[
+        float | None, typer.Option(help="dalle1: the say of dalle2's decoder in the ranking; 0: CLIP ranks alone.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="dalle2: denoising steps of the decoder.")] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="dalle2: ddpm, ddim, dpm-solver++, unipc, euler, unclip or ddpm-leading.")
+        str | None,
+        typer.Option(
+            help="dalle2: ddpm, ddim, ddim-shifted, dpm-solver++, unipc, euler, unclip or ddpm-leading.",
+        ),
     ] = None,
     negative: Annotated[str | None, typer.Option(help="dalle2: what the pictures should be led away from.")] = None,
     mode: Annotated[
@@ -103,6 +110,7 @@ def generate(
     texts = [""] if image is not None and not prompts else request.check_prompts(prompts or [])
     given = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance,
+        "decoder_weight": decoder_weight,
         "num_inference_steps": steps, "scheduler": scheduler, "negative_prompt": negative, "mode": mode,
         "prior_guidance_scale": prior_guidance, "clip_guidance_scale": clip_guidance, "upsample": upsample,
     }  # fmt: skip

@@ -53,7 +53,7 @@ class PipelineParts:
 
 # Without a CLIP nothing is ranked, and a decoder needs a text encoder of its own.
 PIPELINE_PARTS = {
-    "dalle1": PipelineParts(("dvae", "transformer"), ("clip", "upsampler")),
+    "dalle1": PipelineParts(("dvae", "transformer"), ("clip", "upsampler", "decoder")),
     "dalle2": PipelineParts(("decoder",), ("clip", "prior", "upsampler", "guide")),
 }
 
@@ -125,7 +125,8 @@ class FamilyInfo:
 
         upsampled: whether the upsampler, where there is one, is among them.
         """
-        parts = [part for part in self.parts_of(pipeline) if upsampled or part != "upsampler"]
+        aside = {"dalle1": {"decoder"}}.get(pipeline, set()) | (set() if upsampled else {"upsampler"})  # it only ranks
+        parts = [part for part in self.parts_of(pipeline) if part not in aside]
         checksums = [f"{part}:{self.checksum(part)}" for part in parts]
         return hashlib.sha256("\n".join(checksums).encode()).hexdigest()[:12]
 

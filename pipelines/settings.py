@@ -22,6 +22,8 @@ class DALLE1Sampling:
     """How DALL-E 1 draws.
 
     temperature, top_k, top_p: of the drawing of image tokens. guidance_scale: 1 is the conditional prediction alone.
+    decoder_weight: of the decoder's say in the ranking, see genpipe.dalle2.critic: this times the log of its error is
+        taken from CLIP's score; 0: CLIP ranks alone, as in the paper.
     upsample: whether kept pictures are enlarged; None: where there is an upsampler.
     upsampler_steps, upsampler_scheduler: of its denoising; None: those that it was made for.
     """
@@ -33,10 +35,13 @@ class DALLE1Sampling:
     upsample: bool | None = None
     upsampler_steps: int | None = None
     upsampler_scheduler: str | None = None
+    decoder_weight: float = 0.0
 
     def check(self) -> None:
         """Raises InputError for numbers out of range."""
         request.check_sampling(self.temperature, self.top_k, self.top_p, self.guidance_scale)
+        if not (request.is_finite(self.decoder_weight) and self.decoder_weight >= 0):
+            raise InputError(f"The decoder's weight in the ranking must be 0 or above, got {self.decoder_weight!r}.")
         _check_upsampling(self.upsample, self.upsampler_steps)
 
 

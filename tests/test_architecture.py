@@ -24,8 +24,8 @@ DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu|xla)(:\d+)?")
 FLAGS = {
     "generate": {
         "--family", "--pipeline", "--candidates", "--keep", "--seed", "--guidance", "--temperature", "--top-k",
-        "--top-p", "--steps", "--scheduler", "--negative", "--mode", "--image", "--fill", "--prior-guidance",
-        "--clip-guidance", "--upsample", "--no-upsample", "--out", "--device", "--json",
+        "--top-p", "--decoder-weight", "--steps", "--scheduler", "--negative", "--mode", "--image", "--fill",
+        "--prior-guidance", "--clip-guidance", "--upsample", "--no-upsample", "--out", "--device", "--json",
     },
     "reproduce": {"--family", "--image", "--fill", "--out"},
     "rerank": {"--top", "--clip", "--device", "--json"},

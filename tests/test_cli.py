@@ -89,7 +89,7 @@ def test_generate_writes_the_best_pictures_with_their_recipes(run: Run, tiny_fol
     assert first["prompt"] == "a cat on a red background" and first["genpipe"] == genpipe.__version__
     assert first["family"] == {"name": "tiny", "hash": describe_family(tiny_folder).hash_of("dalle1", upsampled=False)}
     plain = {"temperature": 1.0, "top_k": None, "top_p": None, "upsample": False, "upsampler_steps": None}
-    plain["upsampler_scheduler"] = None
+    plain |= {"upsampler_scheduler": None, "decoder_weight": 0.0}
     assert first["settings"] == {**plain, "guidance_scale": 2.0}
     assert read_recipe(Path("genpipe-out/0001-grid.png"))["pictures"] == names[:4]
     assert Image.open("genpipe-out/0001-1.png").size == (16, 16)

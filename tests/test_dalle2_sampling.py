@@ -1,6 +1,7 @@
 """The denoising loop: against diffusers step by step, an oracle, guidance, limits, seeds, callback, bad input."""
 
 import copy
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,7 @@ from genpipe.dalle2.sampling import (
     scheduler_for,
     step_generators,
 )
+from genpipe.dalle2.schedulers import started
 from genpipe.errors import InputError
 
 COSINE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
@@ -196,7 +198,15 @@ def oracle(x_0: Tensor, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
     return predict
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm-solver++", "unipc", "euler"])
+@pytest.mark.parametrize("n", [1, 2, 5, 61, 200, 999, 1000])
+def test_shifted_time_steps_are_dense_where_there_is_little_noise(n: int) -> None:
+    times = started(cosine("ddim-shifted"), n, torch.device("cpu")).timesteps.tolist()
+    assert len(times) == n and times[0] == 999 and times[-1] >= 0
+    assert all(before > after for before, after in itertools.pairwise(times))
+    assert n != 5 or times == [999, 285, 129, 61, 23]
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddim-shifted", "dpm-solver++", "unipc", "euler"])
 def test_an_oracles_noise_only_fades(name: str) -> None:
     # At each time step, x holds x_0 and the noise it began with in the shares of that very time step.
     x_0 = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -410,7 +420,7 @@ def test_a_part_says_how_it_was_trained() -> None:
 
 
 def test_bad_schedulers_are_refused() -> None:
-    with pytest.raises(InputError, match=r"no scheduler 'dpm'; choose one of ddpm, ddim, dpm-solver\+\+, unipc, euler"):
+    with pytest.raises(InputError, match=r"no scheduler 'dpm'; choose one of ddpm, ddim, ddim-shifted, dpm-solver"):
         cosine("dpm")
     with pytest.raises(InputError, match="'ddim' does not know the noise schedule 'laplace'"):
         make_scheduler("ddim", beta_schedule="laplace", num_train_timesteps=10, prediction_type="sample")

@@ -100,7 +100,7 @@ def fresh(tiny_folder: Path) -> Family:
 
 
 def test_both_pipelines_of_a_family_of_ours(fresh: Family) -> None:
-    check(fresh.dalle1, [{"rare": {"upsample": True}}])
+    check(fresh.dalle1, [{"rare": {"upsample": True, "decoder_weight": 0.1}}])
     check(
         load_family(fresh.folder).dalle2, [{}, {"image": GIVEN}, {"rare": {"mode": "text", "negative_prompt": "dogs"}}]
     )

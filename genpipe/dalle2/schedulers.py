@@ -108,12 +108,31 @@ class Fast27DDPMScheduler(_Fast27, DDPMScheduler):
     """DDPM through GLIDE's list of 27 time steps."""
 
 
+class ShiftedDDIMScheduler(EvenDDIMScheduler):
+    """DDIM through n time steps T s u / (1 + (s - 1) u), u = i / n and s = 0.1, dense where there is little noise.
+
+    Shifted as in 2403.03206, 5.3.2, but the other way: an upsampler is given nearly all of the picture, and what it has
+    to find lies below most steps' noise.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """As diffusers'."""
+        super().set_timesteps(num_inference_steps, device=device)
+        total, n = self.config.num_train_timesteps, num_inference_steps
+        times = [max(round(total * _SHIFT * i / (n + (_SHIFT - 1) * i)), i) - 1 for i in range(n, 0, -1)]
+        self.timesteps = torch.tensor(times, device=device)
+
+
+_SHIFT = 0.1
+
+
 # Name -> class and options. "trailing" spacing starts at the noisiest time step and makes even strides from there.
 # "leading" starts below it (5 steps of 1,000 at 800), where the model expects to see something of the picture, but is
 # given noise alone (2305.08891, 3.3). Nothing is clipped here: `denoise` clamps, as each part needs.
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {"timestep_spacing": "trailing", "clip_sample": False, "variance_type": "fixed_small"}),
     "ddim": (EvenDDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False}),
+    "ddim-shifted": (ShiftedDDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False}),
     # Second order from two predictions on, first order where it is safer with few steps: in the last one.
     "dpm-solver++": (
         DPMSolverMultistepScheduler,

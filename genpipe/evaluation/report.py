@@ -111,13 +111,14 @@ class RunFolder:
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], judged: bool) -> dict[str, list[dict[str, float]]]:
-    """What the best of N candidates by CLIP's score are worth: that score, and where judged the share of right ones."""
+    """What the best of N candidates are worth: CLIP's score, and where judged the share of right ones."""
     score = torch.tensor([[picture["score"] for picture in row["pictures"]] for row in rows])
-    curves = {"clip_score": best_of_n_curve(score)}
+    place = -torch.arange(score.shape[1], dtype=torch.float32).expand_as(score)  # best first, not by CLIP's score alone
+    curves = {"clip_score": best_of_n_curve(place, score)}
     if not judged:
         return curves
     right = torch.tensor([[float(picture["verdict"]["right"]) for picture in row["pictures"]] for row in rows])
-    return {"composition": best_of_n_curve(score, right), **curves}
+    return {"composition": best_of_n_curve(place, right), **curves}
 
 
 def record(verdict: Verdict | None, score: float | None, seed: int) -> dict[str, Any]:
