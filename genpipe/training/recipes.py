@@ -106,7 +106,7 @@ def dalle1() -> Recipe:
     data.unplaced_share=0.3 for 550 steps: 1.65, on such captions, 45 minutes of a core without bf16; then, with
     data.emphasis naming the ten objects that failed most often, 322 and, on two processes with batches of 32 each, 700:
     1.64 to 1.55 on other such captions, 30 minutes of one such core and 33 of two; then 1,010 with another ten objects,
-    1.47, 78 minutes of one.
+    1.47, 78 minutes of one; then 960 on two processes, 1.43, 49 minutes of two.
     """
     return Recipe(
         name="dalle1",
