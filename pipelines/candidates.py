@@ -126,7 +126,10 @@ class Tracker:
 
 
 class Best:
-    """The best `keep` pictures of each of B prompts so far, by CLIP's score; the first ones where nothing is ranked."""
+    """The best `keep` pictures of each of B prompts so far, by CLIP's score and, where there is one, a fault.
+
+    The first ones where nothing is ranked.
+    """
 
     def __init__(
         self,

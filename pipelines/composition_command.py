@@ -27,7 +27,7 @@ def evaluate_family(
     family: Annotated[str, typer.Argument(metavar="FAMILY", help="A shipped family, a folder, or a Hub id.")] = "nano",
     pipeline: Annotated[str | None, typer.Option(help="dalle1 or dalle2.", show_default="all that it has")] = None,
     candidates: Annotated[
-        int, typer.Option(help=f"Pictures drawn per prompt; the best {PICTURES} by CLIP's score are judged, or all.")
+        int, typer.Option(help=f"Pictures drawn per prompt; the best {PICTURES} as they are ranked are judged, or all.")
     ] = 16,
     per_task: Annotated[int, typer.Option(help="Prompts for each of the six tasks.")] = 100,
     prompts: Annotated[
@@ -116,7 +116,7 @@ def run_folder(out: Path, family: "FamilyInfo", pipeline: str, settings: dict[st
     from genpipe.evaluation.report import RunFolder
 
     whole = {
-        "family": family.name, "hash": family.hash_of(pipeline), "pipeline": pipeline, **settings,
+        "family": family.name, "hash": family.hash_of(pipeline, ranked=True), "pipeline": pipeline, **settings,
         "defaults": family.defaults.get(pipeline, {}),
     }  # fmt: skip
     return RunFolder(out / f"{pipeline}-{settings['candidates']}{'-curve' if settings['curve'] else ''}", whole)

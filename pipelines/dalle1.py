@@ -150,22 +150,22 @@ class DALLE1Pipeline(FamilyPipeline):
         """
         chosen = upsampling_of(resolved("dalle1", given or {}, sampling, self.config.defaults), self.upsampler)
         if chosen.decoder_weight and self._no_judge is not None:
-            raise self._no_judge
+            raise InputError(self._no_judge)
         return chosen
 
-    def _why_no_judge(self) -> InputError | None:
+    def _why_no_judge(self) -> str | None:
         """Why the decoder cannot have a say in the ranking; None: it can, or nothing is ranked."""
         if not self.ranks:
             return None
         if self.decoder is None or not can_judge(self.decoder):
-            return InputError(
+            return (
                 "These weights have no decoder of pixels that reads CLIP's text, which a decoder_weight needs; set it "
                 "to 0."
             )
         try:
             check_fit(self.clip, self.decoder, None)
         except InputError as error:  # which matters only to those who use it
-            return error
+            return str(error)
         return None
 
     def fault_finder(self, encoded: EncodedPrompts, weight: float) -> Callable[[Tensor, int], Tensor] | None:

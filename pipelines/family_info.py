@@ -120,13 +120,16 @@ class FamilyInfo:
         """SHA-256 of a part's files; of published weights that of all files together."""
         return self.info["parts"][part]["sha256"] if self.source is None else self.source.sha256
 
-    def hash_of(self, pipeline: str, upsampled: bool = True) -> str:
+    def hash_of(self, pipeline: str, upsampled: bool = True, ranked: bool = False) -> str:
         """Short hash over the parts that a pipeline draws with: equal hashes draw equal pictures.
 
-        upsampled: whether the upsampler, where there is one, is among them.
+        upsampled: whether the upsampler, where there is one, is among them. ranked: whether DALL-E 2's decoder is,
+        which only helps to rank DALL-E 1's pictures: then equal hashes keep the same of them.
         """
-        aside = {"dalle1": {"decoder"}}.get(pipeline, set()) | (set() if upsampled else {"upsampler"})  # it only ranks
-        parts = [part for part in self.parts_of(pipeline) if part not in aside]
+        unused = set() if upsampled else {"upsampler"}
+        if pipeline == "dalle1" and not ranked:
+            unused.add("decoder")
+        parts = [part for part in self.parts_of(pipeline) if part not in unused]
         checksums = [f"{part}:{self.checksum(part)}" for part in parts]
         return hashlib.sha256("\n".join(checksums).encode()).hexdigest()[:12]
 

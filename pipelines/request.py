@@ -28,8 +28,9 @@ class GenerationOutput:
     """Pictures of B prompts, best first.
 
     `images`, `scores` (cosine similarity of picture and prompt under CLIP, in [-1, 1]) and `seeds` are B lists of at
-    most `keep` entries. Where there is no CLIP to rank them, scores are None and pictures stand in the order of seeds.
-    `complete` is False where the callback stopped the call: the lists then hold what was finished.
+    most `keep` entries. Where DALL-E 2's decoder helps to rank, the order is not that of the scores alone. Where there
+    is no CLIP to rank them, scores are None and pictures stand in the order of seeds. `complete` is False where the
+    callback stopped the call: the lists then hold what was finished.
     """
 
     images: list[list[Image.Image]]

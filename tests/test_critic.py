@@ -124,4 +124,5 @@ def test_what_only_ranks_does_not_change_the_hash_of_what_is_drawn(tiny_folder: 
     other = dict(family.info["parts"], decoder={**family.info["parts"]["decoder"], "sha256": "0" * 64})
     changed = Family(family.folder, {**family.info, "parts": other})
     assert changed.hash_of("dalle1") == family.hash_of("dalle1")
+    assert changed.hash_of("dalle1", ranked=True) != family.hash_of("dalle1", ranked=True)  # others may be kept
     assert changed.hash_of("dalle2") != family.hash_of("dalle2")

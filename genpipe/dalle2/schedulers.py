@@ -108,6 +108,9 @@ class Fast27DDPMScheduler(_Fast27, DDPMScheduler):
     """DDPM through GLIDE's list of 27 time steps."""
 
 
+_SHIFT = 0.1
+
+
 class ShiftedDDIMScheduler(EvenDDIMScheduler):
     """DDIM through n time steps T s u / (1 + (s - 1) u), u = i / n and s = 0.1, dense where there is little noise.
 
@@ -121,9 +124,6 @@ class ShiftedDDIMScheduler(EvenDDIMScheduler):
         total, n = self.config.num_train_timesteps, num_inference_steps
         times = [max(round(total * _SHIFT * i / (n + (_SHIFT - 1) * i)), i) - 1 for i in range(n, 0, -1)]
         self.timesteps = torch.tensor(times, device=device)
-
-
-_SHIFT = 0.1
 
 
 # Name -> class and options. "trailing" spacing starts at the noisiest time step and makes even strides from there.
