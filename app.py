@@ -84,9 +84,12 @@ def last_line(view: View, order: Order) -> str:
     """What a drawing that is over is summed up as."""
     complete = [each.complete for each in view.finished.values()]
     if len(complete) == len(order.pipelines) and all(complete):
-        if any(recipe.score is None for each in view.finished.values() for recipe in each.recipes):
+        recipes = [recipe for each in view.finished.values() for recipe in each.recipes]
+        if any(recipe.score is None for recipe in recipes):
             return "Done: not ranked, since these weights have no CLIP that sees pictures; each with its seed."
-        return f"Done: the best of {order.num_candidates}, each with CLIP's score (more is closer) and its seed."
+        done = f"Done: the best of {order.num_candidates}, each with CLIP's score (more is closer) and its seed"
+        judged = any(recipe.settings.get("decoder_weight") for recipe in recipes)
+        return done + "; DALL-E 2's decoder had a say in DALL-E 1's order." * judged + "." * (not judged)
     kept = sum(len(each.images) for each in view.finished.values())
     return f"Stopped: {kept or 'no'} finished {'picture' if kept == 1 else 'pictures'}."
 

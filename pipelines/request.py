@@ -140,7 +140,7 @@ def warn_of_unknown_words(prompts: Sequence[str], known: Collection[str], family
     """One warning that names all words of the prompts that the family was never trained on."""
     unknown = list(dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt, known)))
     if unknown:
-        shown = ", ".join(repr(word) for word in unknown[:10]) + (
+        shown = ", ".join(brief(word, 40) for word in unknown[:10]) + (
             f" and {len(unknown) - 10} more" * (len(unknown) > 10)
         )
         warnings.warn(f"The family {family!r} was never trained on {shown}; it draws what it can.", stacklevel=4)

@@ -169,6 +169,12 @@ def test_the_preview_grows_and_no_view_changes_later(page: app.Page, quick_news:
     data = app.preview_of(looked).partition("base64,")[2].partition('"')[0]
     assert Image.open(io.BytesIO(base64.b64decode(data))).width >= 16 * min(len(looked.preview), 8)
     assert "DALL-E 1: drawing token by token, candidates 1 to 5 of 5, step" in app.status_line(looked, 5)
+    done = "Done: the best of 5, each with CLIP's score (more is closer) and its seed"
+    assert app.last_line(views[-1], drawing.order) == f"{done}."
+    first = views[-1].finished["dalle1"]
+    recipes = [dataclasses.replace(each, settings={**each.settings, "decoder_weight": 0.1}) for each in first.recipes]
+    led = View("dalle2", finished={**views[-1].finished, "dalle1": dataclasses.replace(first, recipes=recipes)})
+    assert app.last_line(led, drawing.order) == f"{done}; DALL-E 2's decoder had a say in DALL-E 1's order."
 
 
 def test_stop_keeps_what_is_finished(page: app.Page, quick_news: None) -> None:

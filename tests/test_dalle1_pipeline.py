@@ -15,7 +15,7 @@ from genpipe.images import to_unit
 from pipelines.candidates import Block, blocks
 from pipelines.dalle1 import DALLE1Pipeline
 from pipelines.family import Family
-from pipelines.request import Progress, check_prompts, shorten, unknown_words
+from pipelines.request import Progress, check_prompts, shorten, unknown_words, warn_of_unknown_words
 
 PROMPTS = ["a cat on a red background", "two dogs"]
 
@@ -123,6 +123,13 @@ def test_words_never_seen_are_named_and_drawn(tiny_family: Family) -> None:
         output = tiny_family.dalle1("a Zeppelin, X-Ray 🦊", num_candidates=1, keep=1)
     assert len(output.images[0]) == 1
     assert unknown_words("The CAT's t-rex, two-headed!", {"the", "cat", "s", "t-rex", "two"}) == ["two-headed"]
+
+
+def test_a_warning_of_unknown_words_stays_short() -> None:
+    with pytest.warns(UserWarning) as told:
+        warn_of_unknown_words(["a " + "x" * 3000 + " yak"], {"a"}, "nano")
+    (message,) = (str(each.message) for each in told)
+    assert len(message) < 200 and "'yak'" in message and "xxx ... xxx" in message
 
 
 def test_a_long_prompt_is_cut_and_says_so_once(tiny_family: Family) -> None:
