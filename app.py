@@ -87,9 +87,10 @@ def last_line(view: View, order: Order) -> str:
         recipes = [recipe for each in view.finished.values() for recipe in each.recipes]
         if any(recipe.score is None for recipe in recipes):
             return "Done: not ranked, since these weights have no CLIP that sees pictures; each with its seed."
-        done = f"Done: the best of {order.num_candidates}, each with CLIP's score (more is closer) and its seed"
         judged = any(recipe.settings.get("decoder_weight") for recipe in recipes)
-        return done + "; DALL-E 2's decoder had a say in DALL-E 1's order." * judged + "." * (not judged)
+        order_by = "; DALL-E 2's decoder had a say in DALL-E 1's order" if judged else ""
+        best = f"the best of {order.num_candidates}, each with CLIP's score (more is closer) and its seed"
+        return f"Done: {best}{order_by}."
     kept = sum(len(each.images) for each in view.finished.values())
     return f"Stopped: {kept or 'no'} finished {'picture' if kept == 1 else 'pictures'}."
 

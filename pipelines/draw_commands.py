@@ -52,7 +52,7 @@ def generate(
     keep: Annotated[
         int | None,
         typer.Option(
-            help="Best pictures to keep per prompt, as CLIP ranks them.", show_default="4, or all if fewer are drawn"
+            help="Best pictures to keep per prompt, as they are ranked.", show_default="4, or all if fewer are drawn"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first candidate; the others count up from it.")] = 0,
