@@ -425,6 +425,31 @@ def test_what_is_round_and_red_looks_like_what_is_round_and_red():
     assert nearest[0] == "apple" and sorted(nearest) == ["apple", "elephant", "penguin", "tree"]
 
 
+def test_faint_are_objects_of_nearly_their_background():
+    backgrounds = {name: words.colour for name, words in vocabulary().backgrounds.items()}
+    names = [name for name, words in vocabulary().objects.items() if words.common]
+    faint = Likeness(Glyphs()).faint(names, backgrounds)
+    assert len(faint) == round(0.15 * len(names) * len(backgrounds))
+    expected = {("elephant", "grey"), ("pig", "pink"), ("pumpkin", "orange"), ("snowman", "white"), ("star", "yellow")}
+    assert expected < faint and not faint & {("pig", "green"), ("snowman", "black"), ("star", "navy")}
+
+
+def test_faint_scenes_are_as_many_as_asked_for_and_still_of_the_split():
+    def share(scenes):
+        drawn = [scenes.scene(i) for i in range(1000)]
+        assert all(is_held_out(scene) == (scenes.split == "heldout") for scene in drawn)
+        kinds = np.mean([scene.kind == "pair" for scene in drawn])
+        assert 0.4 < kinds < 0.5  # as without
+        return np.mean([any((name, s.background) in scenes._faint for name in s.objects) for s in drawn])
+
+    assert share(EmojiScenes(objects="common")) < 0.3
+    assert share(EmojiScenes(objects="common", faint_share=1.0)) == 1
+    assert 0.55 < share(EmojiScenes(objects="common", faint_share=0.5, split="heldout")) < 0.75
+    assert EmojiScenes(faint_share=0.0).scene(5) == EmojiScenes().scene(5)
+    with pytest.raises(InputError, match="The share of faint scenes must be from 0 to 1, not 1.5"):
+        EmojiScenes(faint_share=1.5)
+
+
 def test_half_of_the_objects_of_mixed_scenes_are_common():
     scenes, words = EmojiScenes(objects="mixed"), vocabulary().objects
     names = [name for i in range(3000) for name in scenes.scene(i).objects]

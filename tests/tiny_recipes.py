@@ -36,7 +36,8 @@ def tiny_recipe(stage: str, dvae: Path | None = None, **run: Any) -> Recipe:
     }[stage]
     schedules = {"temperature": 1.0, "final_temperature": 0.5, "temperature_steps": 4, "kl_weight": 0.1, "kl_steps": 4}
     objective: dict[str, Any] = {
-        "dvae": {**schedules, "squared_error": 100.0, "warm_up_steps": 2, "contrast_power": 0.0, "freeze_codes": False},
+        "dvae": {**schedules, "squared_error": 100.0, "warm_up_steps": 2, "contrast_power": 0.0, "freeze_codes": False,
+                 "keep_codes": 0.0},
         "clip": {**WORDS, "degrade": 0.3, "local_loss": False, "twin_weight": 1.0, "freeze_text": False, "dvae": "",
                  "drawn": "", "drawn_rows": 2, "drawn_weight": 1.0},
         "dalle1": {

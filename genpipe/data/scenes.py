@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from genpipe.data.layout import (
 )
 from genpipe.data.likeness import Likeness
 from genpipe.data.styles import draw_attributes, shows_on
-from genpipe.data.twins import recount, rename, swap, turn
+from genpipe.data.twins import TwinKind, Twins, recount, rename, swap, turn
 from genpipe.data.vocabulary import choices, split_words, vocabulary
 from genpipe.errors import InputError
 
@@ -46,7 +47,6 @@ __all__ = [
 
 Split = Literal["train", "heldout", "all"]
 Objects = Literal["all", "common", "mixed"]
-TwinKind = Literal["swapped", "recounted", "recoloured", "turned", "renamed"]
 
 _KIND_ENDS: tuple[tuple[Kind, float], ...] = (("single", 0.25), ("count", 0.55), ("pair", 1.0))  # cumulative shares
 _SIZES: tuple[SizeWord | None, ...] = (None, None, "small", "large")
@@ -57,7 +57,7 @@ _STYLED_SHARE = 0.5  # of objects that have an attribute, where there are styles
 _ALIKE = 6  # objects among which a renamed one's likes are chosen
 
 # Independent streams of random numbers of one index.
-_SCENE, _CAPTION, _TWIN, _OTHER_SCENE, _STYLE, _OTHER_STYLE = range(6)
+_SCENE, _CAPTION, _TWIN, _OTHER_SCENE, _STYLE, _OTHER_STYLE, _FAINT = range(7)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,24 +67,6 @@ class Example:
     pixels: np.ndarray
     caption: str
     scene: Scene
-
-
-@dataclass(frozen=True, eq=False)
-class Twins:
-    """Two scenes that differ in one fact, with captions of the same wording; pixels uint8 (size, size, 3), RGB.
-
-    kind: "swapped" (a pair's objects have exchanged their places), "recounted" (another number of the same object, in
-    a layout of its own, on the same background), "recoloured" (another background, named in both captions) or
-    "turned" (a pair side by side is now one above the other, or the other way round).
-    """
-
-    kind: TwinKind
-    scene: Scene
-    twin_scene: Scene
-    caption: str
-    twin_caption: str
-    pixels: np.ndarray
-    twin_pixels: np.ndarray
 
 
 def _whole_number(value: int, what: str, lowest: int, highest: int | None = None) -> int:
@@ -117,6 +99,8 @@ class EmojiScenes:
     plain_share: how often a place is told by "left of" or "above" rather than by "right of" or "below", in [0, 1].
     unplaced_share: of captions of two objects, twins' aside, that do not say where they are, in [0, 1].
     emphasis: names of objects that are drawn three times as often as others.
+    faint_share: of scenes in which at least one object has nearly the colours of its background (`Likeness.faint`),
+        in [0, 1]; the others are left to chance, which makes a few more of them faint.
     Raises InputError for arguments outside these limits. Instances hold no random state: they can be pickled, shared
     between worker processes and asked in any order.
     """
@@ -132,6 +116,7 @@ class EmojiScenes:
         objects: Objects = "all",
         styles: bool = False,
         emphasis: Sequence[str] = (),
+        faint_share: float = 0.0,
     ):
         self.size = _whole_number(size, "The size of a scene in pixels", _SMALLEST_PICTURE, _LARGEST_PICTURE)
         self.seed = _whole_number(seed, "The seed of the scenes", 0)
@@ -143,7 +128,10 @@ class EmojiScenes:
             raise InputError(f"The share of plain relations must be from 0 to 1, not {plain_share!r}.")
         if not 0 <= unplaced_share <= 1:
             raise InputError(f"The share of pairs without places must be from 0 to 1, not {unplaced_share!r}.")
+        if not 0 <= faint_share <= 1:
+            raise InputError(f"The share of faint scenes must be from 0 to 1, not {faint_share!r}.")
         self.split: Split = split
+        self.faint_share = faint_share
         self.plain_share = plain_share
         self.unplaced_share = unplaced_share
         self._choices = choices(objects, emphasis)
@@ -159,10 +147,15 @@ class EmojiScenes:
 
     def scene(self, index: int) -> Scene:
         """Scene number `index` (0, 1, 2, ... without end). Raises InputError for a negative index."""
-        return self._sample(self._generator(index, _SCENE), self._generator(index, _STYLE))
+        faint = self.faint_share > 0 and self._generator(index, _FAINT).random() < self.faint_share
+        return self._sample(self._generator(index, _SCENE), self._generator(index, _STYLE), faint=faint)
 
     def _sample(
-        self, generator: np.random.Generator, style_generator: np.random.Generator, asked: Kind | None = None
+        self,
+        generator: np.random.Generator,
+        style_generator: np.random.Generator,
+        asked: Kind | None = None,
+        faint: bool = False,
     ) -> Scene:
         """Draw a scene: its kind first, then combinations until the split allows one, so that kinds keep shares."""
         kind_number, detail, *rest = generator.random(NUMBERS).tolist()
@@ -170,7 +163,7 @@ class EmojiScenes:
         kind: Kind = next(name for name, end in _KIND_ENDS if kind_number < end)
         if asked is not None:
             kind = asked
-        objects, attributes, background, jitter = self._combine(generator, style_generator, kind)
+        objects, attributes, background, jitter = self._combine(generator, style_generator, kind, faint)
         colour = self._vary(background, jitter)
         if kind == "pair":
             relation = RELATIONS[int(detail * len(RELATIONS))]
@@ -184,8 +177,13 @@ class EmojiScenes:
         placements = place_single(objects[0], size, numbers)
         return Scene(kind, objects, 1, background, None, size, placements, colour, attributes)
 
+    @functools.cached_property
+    def _faint(self) -> frozenset[tuple[str, str]]:
+        colours = {name: words.colour for name, words in vocabulary().backgrounds.items()}
+        return self._likeness.faint(self.objects, colours)
+
     def _combine(
-        self, generator: np.random.Generator, style_generator: np.random.Generator, kind: Kind
+        self, generator: np.random.Generator, style_generator: np.random.Generator, kind: Kind, faint: bool
     ) -> tuple[tuple[str, ...], Attributes, str, list[float]]:
         """Objects, attributes and background on the split's side of the hold-out, and three more uniform numbers."""
         styled = style_generator.random(2 if kind == "pair" else 1) < _STYLED_SHARE if self.styles else ()
@@ -197,6 +195,8 @@ class EmojiScenes:
                 if objects[0] == objects[1]:
                     continue
             background = _choice(self.backgrounds, third)
+            if faint and self._faint.isdisjoint((name, background) for name in objects):
+                continue
             attributes = draw_attributes(styled, style_generator)
             if not all(shows_on(attribute, background) for attribute in attributes):
                 continue

@@ -1,8 +1,9 @@
-"""The changes that make one emoji scene another's twin, as functions of scene and generator alone."""
+"""Twins of emoji scenes, and the changes that make one, as functions of scene and generator alone."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -17,12 +18,33 @@ from genpipe.data.layout import (
     place_single,
 )
 
+TwinKind = Literal["swapped", "recounted", "recoloured", "turned", "renamed"]
+
 _TURNED: dict[Relation, Relation] = {
     "left of": "above",
     "above": "left of",
     "right of": "below",
     "below": "right of",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Twins:
+    """Two scenes that differ in one fact, with captions of the same wording; pixels uint8 (size, size, 3), RGB.
+
+    kind: "swapped" (a pair's objects have exchanged their places), "recounted" (another number of the same object, in
+    a layout of its own, on the same background), "recoloured" (another background, named in both captions),
+    "turned" (a pair side by side is now one above the other, or the other way round) or "renamed" (another object in
+    the place of one).
+    """
+
+    kind: TwinKind
+    scene: Scene
+    twin_scene: Scene
+    caption: str
+    twin_caption: str
+    pixels: np.ndarray
+    twin_pixels: np.ndarray
 
 
 def swap(scene: Scene, generator: np.random.Generator) -> Scene:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from genpipe.clip.model import CLIP
-from genpipe.data.scenes import EmojiScenes, TwinKind
+from genpipe.data.scenes import EmojiScenes
+from genpipe.data.twins import TwinKind
 from genpipe.errors import InputError
 from genpipe.images import stack_levels, to_unit
 

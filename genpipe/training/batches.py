@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from genpipe.data.embeddings import StoredEmbeddings
 from genpipe.data.image_text import ImageTextFolder, Report
 from genpipe.data.samples import Pair
-from genpipe.data.scenes import TwinKind
 from genpipe.data.shards import Shards, is_shards
+from genpipe.data.twins import TwinKind
 from genpipe.errors import InputError
 from genpipe.images import stack_levels
 from genpipe.training.config import DataConfig, Recipe

@@ -26,6 +26,8 @@ class DataConfig:
         "mixed": all, and half of the time common ones.
     emphasis: names of objects of emoji scenes, separated by commas, that are drawn three times as often as others:
         those that are hard to learn.
+    faint_share: of emoji scenes, those in which an object has nearly the colours of its background; 0 leaves that to
+        chance.
     unplaced_share: of captions of two objects, those that do not say where they are ("a cat and a dog").
     styles: of emoji scenes: half of the objects are a sketch, a silhouette, pixel art or of another colour.
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
@@ -48,6 +50,7 @@ class DataConfig:
     size: int = 32
     objects: str = "all"
     emphasis: str = ""
+    faint_share: float = 0.0
     unplaced_share: float = 0.08
     styles: bool = False
     split: str = "train"
@@ -206,10 +209,12 @@ _NOT_BELOW_0 = (
     "objective.kl_steps", "objective.squared_error", "objective.warm_up_steps", "objective.twin_weight",
     "objective.drawn_weight", "objective.statistics_pairs", "objective.min_snr_gamma", "objective.bound_weight",
     "objective.patience", "objective.tower_rate", "objective.cache_megabytes", "objective.contrast_power",
+    "objective.keep_codes",
 )  # fmt: skip
 _FROM_0_TO_1 = (
-    "data.hard_negatives", "data.unplaced_share", "optimizer.final_fraction", "objective.caption_dropout",
-    "objective.degrade", "objective.text_weight", "objective.text_dropout", "objective.image_dropout",
+    "data.hard_negatives", "data.unplaced_share", "data.faint_share", "optimizer.final_fraction",
+    "objective.caption_dropout", "objective.degrade", "objective.text_weight", "objective.text_dropout",
+    "objective.image_dropout",
     "objective.scrambled", "objective.layer_decay", "objective.dvae_share",
 )  # fmt: skip
 _FROM_0_BELOW_1 = (

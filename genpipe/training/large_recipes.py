@@ -74,6 +74,7 @@ def dvae_64() -> Recipe:
             "squared_error": 1000.0,
             "contrast_power": 0.0,
             "freeze_codes": False,
+            "keep_codes": 0.0,
             "warm_up_steps": 1000,
         },
         data=_scenes(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -52,7 +53,8 @@ class DVAEStage(Stage):
     """The discrete VAE: relaxed ELBO with the paper's schedules of temperature and KL weight (2102.12092, 2.1, A.2).
 
     objective.freeze_codes leaves encoder and code book as they are and trains the decoder on the tokens themselves: a
-    transformer that was trained beside this dVAE still fits.
+    transformer that was trained beside this dVAE still fits. objective.keep_codes, a weight, lets the encoder learn but
+    adds the cross-entropy with the tokens that it wrote at the start, so that they change where much is won by it.
     """
 
     part = "dvae"
@@ -62,6 +64,11 @@ class DVAEStage(Stage):
         if self.objective["freeze_codes"] and not recipe.init:
             raise InputError("objective.freeze_codes leaves tokens as they are; name a trained dVAE with init=FOLDER.")
         self.model = load_part(DVAE, recipe.init) if recipe.init else build(DVAE, recipe.model)
+        self.first: DVAE | None = None
+        if self.objective["keep_codes"]:
+            if not recipe.init:
+                raise InputError("objective.keep_codes holds on to tokens; name a trained dVAE with init=FOLDER.")
+            self.first = load_part(DVAE, recipe.init).requires_grad_(False)
         if self.objective["freeze_codes"]:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name.startswith("decoder."))
@@ -104,6 +111,12 @@ class DVAEStage(Stage):
         output = model(pixels, temperature=temperature, gumbel=gumbel, quantise=quantise)
         weight = contrast_weight(unit_to_signed(pixels), o["contrast_power"])
         loss, logs = relaxed_elbo_loss(pixels, output.mu, output.ln_b, output.logits, beta, o["squared_error"], weight)
+        if self.first is not None:
+            with torch.no_grad():
+                tokens = self.first.to(pixels.device).encode(pixels)  # B, N
+            kept = (output.logits.detach().argmax(dim=1).flatten(1) == tokens).float().mean()
+            loss = loss + o["keep_codes"] * F.cross_entropy(output.logits.float().flatten(2), tokens)
+            logs = {**logs, "kept": kept}
         return loss, {**logs, "temperature": torch.tensor(temperature), "beta": torch.tensor(beta)}
 
     def _validation_pixels(self) -> Tensor:
