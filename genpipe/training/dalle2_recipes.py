@@ -16,7 +16,8 @@ def decoder() -> Recipe:
     timestep_shift 2 from 1,110 on, to 0.063 at 2,450 (on common objects): 95 minutes of one core; 185 steps later
     data.unplaced_share=0.3 for 625: 0.0612, 87 minutes of a core without bf16; then 345 and, with data.emphasis naming
     the ten objects that failed most often, 380: 0.0607, 80 minutes; then, with objective.contrast_power=1 and ten
-    others, 420: 0.0633 to 0.0609 on other pictures, 43 minutes. With the paper's text_dropout of 0.5, as here, half of
+    others, 420: 0.0633 to 0.0609 on other pictures, 43 minutes; then, with data.faint_share=0.35 and ten others, 480:
+    0.0603, 50 minutes. With the paper's text_dropout of 0.5, as here, half of
     the pictures teach nothing of the words that say left or above.
     """
     return Recipe(
