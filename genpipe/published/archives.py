@@ -15,6 +15,7 @@ from genpipe.errors import InputError
 
 MAX_MEMBERS = 10_000
 MAX_MEMBER_BYTES = 16 << 30
+_BLOCK = 1 << 20  # bytes that are read at once
 
 
 def open_tar(path: str | os.PathLike[str], expected: Sequence[str], folder: str | os.PathLike[str]) -> list[Path]:
@@ -32,7 +33,12 @@ def open_tar(path: str | os.PathLike[str], expected: Sequence[str], folder: str 
         with tarfile.open(archive) as opened:
             chosen = _chosen(opened, archive, expected)
             for name, member in chosen.items():
-                opened.extract(member.replace(name=name, deep=False), fresh, filter="data")
+                # not by tarfile's own extraction, whose filters the first releases of Python 3.10 and 3.11 lack
+                source, unpacked = opened.extractfile(member), fresh / name
+                assert source is not None  # it is None only for what is no regular file
+                unpacked.parent.mkdir(parents=True, exist_ok=True)
+                with source, unpacked.open("wb") as written:
+                    shutil.copyfileobj(source, written, _BLOCK)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             target.rmdir()
@@ -84,7 +90,7 @@ def checksum(
     digest = hashlib.new(algorithm, usedforsecurity=False)
     read = 0
     with file.open("rb") as opened:
-        while block := opened.read(1 << 20):
+        while block := opened.read(_BLOCK):
             digest.update(block)
             read += len(block)
             if report is not None:
