@@ -1,4 +1,4 @@
-"""The only place for value ranges: PIL <-> [0, 1] <-> [-1, 1], the one resize, grids, PNG with its recipe inside.
+"""The only place for value ranges: PIL <-> [0, 1] <-> [-1, 1], -> L*a*b*; the one resize, grids, PNG with its recipe.
 
 Files are read in picture_files.py, whose functions are also found here.
 B pictures, H height, W width. "Unit" pixels are float in [0, 1], "signed" pixels float in [-1, 1]; both (B, 3, H, W).
@@ -115,6 +115,19 @@ def unit_to_signed(pixels: torch.Tensor) -> torch.Tensor:
 def signed_to_unit(pixels: torch.Tensor) -> torch.Tensor:
     """[-1, 1] -> [0, 1], any shape. Not clipped: `to_pil` does that."""
     return (pixels + 1) / 2
+
+
+def lab(pixels: torch.Tensor) -> torch.Tensor:
+    """sRGB (B, 3, H, W) in [0, 1] -> CIE L*a*b* under D65, in which distances are about those that people see."""
+    linear = torch.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
+    to_xyz = pixels.new_tensor(
+        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    )
+    white = pixels.new_tensor([0.95047, 1.0, 1.08883])[:, None, None]
+    xyz = torch.einsum("ij,bjhw->bihw", to_xyz, linear) / white
+    f = torch.where(xyz > (6 / 29) ** 3, xyz.clamp(min=1e-9) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    x, y, z = f.unbind(dim=1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
 def resize(

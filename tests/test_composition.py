@@ -17,7 +17,6 @@ from genpipe.evaluation.composition import (
     background_names,
     judge,
     judged,
-    lab,
     scores,
     task_prompts,
 )
@@ -83,13 +82,6 @@ def test_what_each_task_asks_for() -> None:
     assert not judge(two, seen_in(two)[:1], two.scene.background).right
     everything = prompt_of("all together")
     assert not judge(everything, [*seen_in(everything), stranger], everything.scene.background).right
-
-
-def test_lab_of_known_colours() -> None:
-    colours = torch.tensor([[1.0, 1, 1], [0, 0, 0], [1, 0, 0], [0, 0, 1]]).T[None, :, :, None]
-    # Values of CIE 15 under D65, as tabulated.
-    expected = torch.tensor([[100.0, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20], [32.30, 79.19, -107.86]])
-    assert torch.allclose(lab(colours)[0, :, :, 0].T, expected, atol=0.05)
 
 
 def test_backgrounds_of_scenes_and_of_none() -> None:

@@ -62,3 +62,11 @@ def test_kept_codes_need_a_trained_dvae(tmp_path: Path) -> None:
     fresh = dataclasses.replace(recipe, objective={**recipe.objective, "keep_codes": 1.0})
     with pytest.raises(InputError, match="keep_codes holds on to tokens; name a trained dVAE"):
         Trainer(fresh, tmp_path)
+
+
+def test_frozen_codes_need_not_be_kept(tmp_path: Path) -> None:
+    first = Trainer(tiny_recipe("dvae", steps=2), tmp_path / "first").run().part
+    frozen = decoder_alone(first, steps=2)
+    both = dataclasses.replace(frozen, objective={**frozen.objective, "keep_codes": 1.0})
+    with pytest.raises(InputError, match="freeze_codes keeps every token already"):
+        Trainer(both, tmp_path / "both")

@@ -93,6 +93,13 @@ def test_to_levels_refuses_what_is_not_a_number():
         images.to_levels(torch.full((3, 2, 2), float("nan")))
 
 
+def test_lab_of_known_colours() -> None:
+    colours = torch.tensor([[1.0, 1, 1], [0, 0, 0], [1, 0, 0], [0, 0, 1]]).T[None, :, :, None]
+    # Values of CIE 15 under D65, as tabulated.
+    expected = torch.tensor([[100.0, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20], [32.30, 79.19, -107.86]])
+    assert torch.allclose(images.lab(colours)[0, :, :, 0].T, expected, atol=0.05)
+
+
 # Resize
 
 

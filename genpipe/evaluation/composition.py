@@ -22,7 +22,7 @@ from genpipe.data.scenes import EmojiScenes, Objects
 from genpipe.data.vocabulary import vocabulary
 from genpipe.errors import InputError
 from genpipe.evaluation.detector import Detection, SceneDetector
-from genpipe.images import resize, stack_levels, to_unit
+from genpipe.images import lab, resize, stack_levels, to_unit
 from genpipe.parts import load_part
 
 TASKS = ("single object", "two objects", "counting", "background", "position", "all together")
@@ -138,19 +138,6 @@ def background_names(pixels: Tensor) -> list[str | None]:
     distance = torch.cdist(lab(colour[:, :, None, None])[:, :, 0, 0].cpu(), known)  # B, names
     nearest, index = distance.min(dim=1)
     return [names[int(i)] if float(d) < _FAR else None for d, i in zip(nearest, index, strict=True)]
-
-
-def lab(pixels: Tensor) -> Tensor:
-    """sRGB (B, 3, H, W) in [0, 1] -> CIE L*a*b* under D65, in which distances are about those that people see."""
-    linear = torch.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
-    to_xyz = pixels.new_tensor(
-        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
-    )
-    white = pixels.new_tensor([0.95047, 1.0, 1.08883])[:, None, None]
-    xyz = torch.einsum("ij,bjhw->bihw", to_xyz, linear) / white
-    f = torch.where(xyz > (6 / 29) ** 3, xyz.clamp(min=1e-9) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    x, y, z = f.unbind(dim=1)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
 def scores(prompts: Sequence[TaskPrompt], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:

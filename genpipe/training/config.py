@@ -214,8 +214,7 @@ _NOT_BELOW_0 = (
 _FROM_0_TO_1 = (
     "data.hard_negatives", "data.unplaced_share", "data.faint_share", "optimizer.final_fraction",
     "objective.caption_dropout", "objective.degrade", "objective.text_weight", "objective.text_dropout",
-    "objective.image_dropout",
-    "objective.scrambled", "objective.layer_decay", "objective.dvae_share",
+    "objective.image_dropout", "objective.scrambled", "objective.layer_decay", "objective.dvae_share",
 )  # fmt: skip
 _FROM_0_BELOW_1 = (
     "run.ema_decay", "optimizer.beta_1", "optimizer.beta_2", "objective.bpe_dropout", "objective.validation_share",

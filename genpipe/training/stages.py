@@ -68,6 +68,8 @@ class DVAEStage(Stage):
         if self.objective["keep_codes"]:
             if not recipe.init:
                 raise InputError("objective.keep_codes holds on to tokens; name a trained dVAE with init=FOLDER.")
+            if self.objective["freeze_codes"]:
+                raise InputError("objective.freeze_codes keeps every token already; leave objective.keep_codes at 0.")
             self.first = load_part(DVAE, recipe.init).requires_grad_(False)
         if self.objective["freeze_codes"]:
             for name, parameter in self.model.named_parameters():
