@@ -1,4 +1,4 @@
-"""A family of tiny, real, untrained parts, built and saved once: seconds of work for all tests that draw."""
+"""A tiny family of real, untrained parts, built and saved once for all tests that draw; the command, run in process."""
 
 import shutil
 import warnings
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import Result, Run
 
 from genpipe.clip.architecture import nano_architecture
 from genpipe.clip.model import CLIP
@@ -17,6 +18,7 @@ from genpipe.dalle2.prior import Prior
 from genpipe.dalle2.upsampler import Upsampler
 from genpipe.identity import weights_identity
 from genpipe.tokenizer import CaptionTokenizer
+from pipelines.cli import main
 from pipelines.family import Family, load_family, save_family
 
 torch.set_num_threads(1)  # for tensors as small as here, a second thread costs more than it brings
@@ -154,3 +156,19 @@ def tiny_family(tiny_folder: Path) -> Family:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return load_family(tiny_folder)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in this process, in an empty working folder."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def command(*arguments: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(int(end.value.code or 0), captured.out, captured.err)
+
+    return command
