@@ -51,11 +51,22 @@ def test_the_error_is_what_the_decoder_would_change() -> None:
     errors = denoising_errors(decoder, pixels, text)
     torch.testing.assert_close(errors, torch.tensor([0.01, 0.01, *[0.01] * 20]), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(denoising_errors(Knows(picture, 0.0), pixels, text)[:2], torch.tensor([0.0, 0.04]))
-    assert set(decoder.times) == {350} and len(decoder.times) == 2  # sixteen at a time
+    assert set(decoder.times) == {350} and len(decoder.times) == 4  # sixteen at a time, with two noises
     image, *given = decoder.conditions[0]
     assert image is None
     for part, whole in zip(given, text, strict=True):
         assert torch.equal(part, whole.expand(16, *whole.shape[1:]))
+
+
+def test_a_large_fault_in_one_place_outweighs_the_same_error_spread_thin() -> None:
+    picture = torch.full((3, 16, 16), 0.5)
+    thin = signed_to_unit(unit_to_signed(picture) + 0.1)
+    local = picture.clone()
+    local[:, 4:8, 8:12] = signed_to_unit(torch.tensor(0.4))  # a sixteenth of the picture: the same mean squared error
+    decoder = Knows(picture, 0.0)
+    decoder.latent_shape = (3, 16, 16)
+    errors = denoising_errors(decoder, torch.stack([thin, local]), a_text())
+    torch.testing.assert_close(errors, torch.tensor([0.01, 0.04]), rtol=1e-3, atol=0)
 
 
 def test_pictures_of_another_size_are_resized_and_damaged_ones_named() -> None:

@@ -17,7 +17,7 @@ def decoder() -> Recipe:
     data.unplaced_share=0.3 for 625: 0.0612, 87 minutes of a core without bf16; then 345 and, with data.emphasis naming
     the ten objects that failed most often, 380: 0.0607, 80 minutes; then, with objective.contrast_power=1 and ten
     others, 420: 0.0633 to 0.0609 on other pictures, 43 minutes; then, with data.faint_share=0.35 and ten others, 480:
-    0.0603, 50 minutes. With the paper's text_dropout of 0.5, as here, half of
+    0.0603, 50 minutes; 570 more: 0.0590, 62. With the paper's text_dropout of 0.5, as here, half of
     the pictures teach nothing of the words that say left or above.
     """
     return Recipe(
