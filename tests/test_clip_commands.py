@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import Result, Run, refused
 from PIL import Image
-from test_cli import Result, Run, refused, run  # noqa: F401  (run is a fixture)
 
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "white": (240, 240, 240)}
 

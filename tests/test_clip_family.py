@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import Run, picture, refused, run  # noqa: F401
+from command_line import Run, picture, refused
 from test_published_clip import archive, original, write_hugging_face
 
 from genpipe.clip.model import CLIP

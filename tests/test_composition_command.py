@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import Run, refused, run  # noqa: F401
+from command_line import Run, refused
 
 import genpipe.evaluation.composition as composition
 from genpipe.data.scenes import EmojiScenes

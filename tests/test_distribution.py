@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import Run, picture, refused
 from conftest import tiny_dvae
 from PIL import Image
-from test_cli import Run, picture, refused, run  # noqa: F401
 
 import genpipe.evaluation.composition as composition
 import genpipe.evaluation.distribution as distribution

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import Run, refused
 from safetensors.torch import load_file, save_file
-from test_cli import Run, refused, run  # noqa: F401
 from tiny_recipes import tiny_recipe
 
 from genpipe.clip.model import CLIP

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cli import Run, refused, run  # noqa: F401  (run is a fixture)
+from command_line import Run, refused
 from test_clip_commands import document
 
 from genpipe.clip.architecture import nano_architecture
