@@ -19,7 +19,7 @@ from genpipe.images import resize, unit_to_signed
 # Share of the time steps at which the error is taken. Of 0.15, 0.35 and 0.6, in a trial with 17 prompts of 24 pictures
 # each, 0.35 told right pictures from wrong ones best.
 _NOISE_AT = 0.35
-_NOISES = (0, 1)  # seeds; one alone tells less, three tell little more
+_NOISES = (0, 1)  # seeds, and with them the same faults at every call
 _CELLS = 8  # to a side, of which the errors are squared: a lost shape is a large error in few places
 _ROWS_AT_ONCE = 16
 
