@@ -19,6 +19,7 @@ RECIPE_OF_PART = {
     "decoder": "decoder",
     "upsampler": "upsampler",
 }
+RECIPE_FILE = "recipe.json"  # of a run, beside its parts; of an average, beside its weights
 READERS = ("clip", "transformer", "prior", "decoder")  # parts that read captions
 
 
@@ -65,11 +66,13 @@ def parsed_defaults(changes: Sequence[str]) -> dict[str, dict[str, Any]]:
     return defaults
 
 
-def _source_of(folder: Path) -> str:
-    """What a part was trained on: as the recipe of its run says, or the family that it lies in."""
-    for name, keys in (("recipe.json", ("data", "source")), (INFO_FILE, ("trained_on",))):
+def source_of(folder: Path) -> str:
+    """What a part was trained on: as a recipe beside its weights or that of its run says, or the family it lies in."""
+    run, in_recipe = folder.parent, ("data", "source")
+    places = {folder / RECIPE_FILE: in_recipe, run / RECIPE_FILE: in_recipe, run / INFO_FILE: ("trained_on",)}
+    for path, keys in places.items():
         try:
-            found: Any = json.loads((folder.parent / name).read_text(encoding="utf-8"))
+            found: Any = json.loads(path.read_text(encoding="utf-8"))
             for key in keys:
                 found = found[key]
             return str(found)
@@ -78,13 +81,15 @@ def _source_of(folder: Path) -> str:
     return "unknown"
 
 
-def _styled(folder: Path) -> bool:
-    """Whether a part was trained on scenes whose objects have attributes, as the recipe of its run says."""
-    try:
-        recipe: Any = json.loads((folder.parent / "recipe.json").read_text(encoding="utf-8"))
-        return bool(recipe["data"]["styles"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+def styled(folder: Path) -> bool:
+    """Whether a part was trained on scenes whose objects have attributes, as the same recipe says."""
+    for place in (folder, folder.parent):
+        try:
+            recipe: Any = json.loads((place / RECIPE_FILE).read_text(encoding="utf-8"))
+            return bool(recipe["data"]["styles"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return False
 
 
 def assemble(
@@ -114,9 +119,9 @@ def assemble(
         used = PIPELINE_PARTS[name]
         mine = {part: model for part, model in parts.items() if part in used.required + used.optional}
         classes[name](**mine, defaults=info.get("defaults", {}).get(name))
-    sources = sorted({_source_of(path) for path in folders.values()})
+    sources = sorted({source_of(path) for path in folders.values()})
     drawing = parts.get("dvae") or parts["decoder"]
     whole = {**info, "resolution": drawing.config.resolution, "trained_on": ", ".join(sources)}
     if sources == ["scenes"]:
-        whole["words"] = known_words(styles=all(_styled(folders[part]) for part in READERS if part in folders))
+        whole["words"] = known_words(styles=all(styled(folders[part]) for part in READERS if part in folders))
     save_family(folder, parts, whole, card=card, replace=replace)

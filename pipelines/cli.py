@@ -13,6 +13,7 @@ import typer
 
 from genpipe.errors import InputError
 from pipelines import (
+    average_command,
     classify_commands,
     clip_commands,
     data_commands,
@@ -47,6 +48,7 @@ def root(
 
 for commands in (
     draw_commands, demo_command, clip_commands, classify_commands, evaluate_commands, import_command, data_commands,
+    average_command,
 ):  # fmt: skip
     commands.register(app)
 

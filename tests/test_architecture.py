@@ -34,6 +34,7 @@ FLAGS = {
         "--runs", "--clip", "--dvae", "--transformer", "--decoder", "--prior", "--upsampler", "--name", "--license",
         "--description", "--guidance", "--temperature", "--top-p", "--default", "--card", "--replace",
     },
+    "average": {"--share", "--out", "--replace"},
     "info": {"--json"},
     "import": {"--clip", "--dtype", "--replace", "--json"},
     "demo": {"--family", "--host", "--port", "--open", "--no-open", "--device"},
