@@ -8,6 +8,7 @@ import torch
 
 from genpipe.dalle2.corruption import filtered, gaussian_kernel
 from genpipe.dalle2.sampling import SCHEDULERS, Step
+from genpipe.dalle2.sharpening import sharpened
 from genpipe.dalle2.upsampler import Upsampler, keep_mean_colour, upsample
 from genpipe.errors import InputError
 from genpipe.evaluation.upsampling import colour_difference, gradient_energy, sharpness, shrink, upsampling_figures
@@ -257,6 +258,32 @@ def test_the_lightest_blur_of_training_is_what_drawing_applies() -> None:
     torch.testing.assert_close(drawn, keep_mean_colour(softened, low), atol=1e-5, rtol=0)
     plain = upsample(make(trained=False, corruption={**blur, "sigma": [0.0, 0.6]}), low, [0])
     torch.testing.assert_close(plain, keep_mean_colour(resize(low, 32), low), atol=1e-5, rtol=0)
+
+
+def test_sharpening_steepens_an_edge_and_overshoots_nowhere() -> None:
+    """An edge over three pixels, by hand: its middle stays, its shoulders move outwards, its ends are held."""
+    values = torch.tensor([0.0, 0.0, 0.0, 0.2, 0.5, 0.8, 1.0, 1.0, 1.0])
+    edge = values.expand(1, 3, 9, 9)
+    sharp = sharpened(edge, 1.0)
+    near, far = torch.exp(-0.5 * (torch.tensor([1.0, 2.0]) / 0.7) ** 2).tolist()
+    blurred = (0.2 + near * (0.0 + 0.5) + far * (0.0 + 0.8)) / (1 + 2 * near + 2 * far)
+    torch.testing.assert_close(float(sharp[0, 0, 4, 3]), 0.2 + (0.2 - blurred))
+    assert sharp[0, 0, 4, 2] == 0 and sharp[0, 0, 4, 6] == 1  # neither below nor above what was there
+    torch.testing.assert_close(sharp[..., 4], edge[..., 4])
+    assert float(gradient_energy(sharp)) > float(gradient_energy(edge))
+    assert torch.equal(edge[0, 0, 0], values)
+    plain = torch.full((1, 3, 8, 8), 0.3)
+    torch.testing.assert_close(sharpened(plain, 4.0), plain)
+
+
+def test_a_drawing_ends_with_the_models_sharpening() -> None:
+    low = small(2)
+    plain, sharp = upsample(make(corrects_colour=False), low, [0, 1]), make(corrects_colour=False, sharpening=1.5)
+    torch.testing.assert_close(upsample(sharp, low, [0, 1]), sharpened(plain, 1.5), atol=1e-5, rtol=0)
+    assert torch.equal(upsample(make(sharpening=0.0), low, [0, 1]), upsample(make(), low, [0, 1]))
+    for amount in (-0.1, 4.5, float("nan")):
+        with pytest.raises(InputError, match="sharpening is .*; it must be from 0, none, to 4"):
+            make(sharpening=amount)
 
 
 def test_a_damaged_network_is_named_with_its_step() -> None:

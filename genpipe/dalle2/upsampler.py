@@ -20,6 +20,7 @@ from genpipe.dalle2.corruption import make_corruption
 from genpipe.dalle2.losses import PREDICTION_TYPES
 from genpipe.dalle2.sampling import SCHEDULERS, UPSAMPLER, Predict, Step, denoise, noise_of, scheduler_for
 from genpipe.dalle2.schedulers import started, times_of
+from genpipe.dalle2.sharpening import check_amount, sharpened
 from genpipe.errors import InputError
 from genpipe.images import resize, signed_to_unit, unit_to_signed
 
@@ -45,6 +46,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         scheduler: name of the one it was made for, see `genpipe.dalle2.sampling`; used if a drawing names none.
         last_step_network: a second UNet of the same shape takes the last step of every drawing (Karlo's weights).
         corrects_colour: what is drawn gets the mean colour of the small picture, see `keep_mean_colour`.
+        sharpening: amount of it that every drawing ends with, 0 is none, see `genpipe.dalle2.sharpening`.
     Raises InputError for settings that do not fit.
     """
 
@@ -66,8 +68,10 @@ class Upsampler(ModelMixin, ConfigMixin):
         scheduler: str = "ddim",
         last_step_network: bool = False,
         corrects_colour: bool = True,
+        sharpening: float = 0.0,
     ) -> None:
         super().__init__()
+        check_amount(sharpening)
         if prediction_type not in PREDICTION_TYPES or resize_mode not in _RESIZES:
             raise InputError(
                 f"prediction_type must be one of {PREDICTION_TYPES} and resize_mode one of {_RESIZES}, not "
@@ -165,9 +169,9 @@ def upsample(
         callback: called after every step of every `rows_at_a_time` pictures, which are drawn together. Sides that the
             network cannot take are padded by repeating the border, so its x_t and x_0 may be larger than the result.
         stage_number: 0 for the first upsampler of a cascade, 1 for the next: they do not share their noise.
-    The small picture is corrupted no further than by the lightest blur of training, and its mean colour is kept if the
-    model's `corrects_colour` says so. Raises InputError for other shapes or another number of seeds, FloatingPointError
-    when a prediction is not finite.
+    The small picture is corrupted no further than by the lightest blur of training. What is drawn is sharpened by the
+    model's `sharpening`, and gets the small picture's mean colour if its `corrects_colour` says so. Raises InputError
+    for other shapes or another number of seeds, FloatingPointError when a prediction is not finite.
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point() or min(pixels.shape[-2:]) < 1:
         raise InputError(f"float pixels (R, 3, h, w) are needed, got {pixels.dtype} {list(pixels.shape)}.")
@@ -196,7 +200,7 @@ def upsample(
             callback=callback,
             stage=stage,
         )
-        drawn = signed_to_unit(x_0[..., :height, :width])
+        drawn = sharpened(signed_to_unit(x_0[..., :height, :width]), model.config.sharpening)
         done.append(keep_mean_colour(drawn, given) if model.config.corrects_colour else drawn.clamp(0, 1))
     return torch.cat(done)
 

@@ -119,6 +119,7 @@ def upsampler() -> Recipe:
             # What it will enlarge was drawn by a decoder or a dVAE: now softer than a true picture, now noisier.
             "corruption": {"kind": "blur", "kernel": 5, "sigma": [0.0, 1.0], "noise": [0.0, 0.03]},
             "num_inference_steps": 5,
+            "sharpening": 1.0,
         },
         objective={"crop": 64, "min_snr_gamma": 0.0, "contrast_power": 0.0, "dvae": "", "dvae_share": 0.5},
         data=DataConfig(size=128),
