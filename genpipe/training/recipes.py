@@ -111,7 +111,8 @@ def dalle1() -> Recipe:
     1.64 to 1.55 on other such captions, 30 minutes of one such core and 33 of two; then 1,010 with another ten objects,
     1.47, 78 minutes of one; then 960 on two processes, 1.43, 49 minutes of two; then 251, 486 with
     data.faint_share=0.35 and 630 beside the dVAE that had gone on: 1.41, 106 minutes of one; then
-    560 and 410 in the same way: 1.410 on the new tokens, 77 minutes.
+    560 and 410 in the same way: 1.410 on the new tokens, 77 minutes; the mean of four such states (`genpipe average`):
+    1.365; from there 740 in the same way, 69 minutes, 1.376, and the mean of that and its start: 1.346.
     """
     return Recipe(
         name="dalle1",
