@@ -22,7 +22,7 @@ def average_parts(
     """The part of class `cls` whose weights are the weighted mean of those in `folders`, in float32 and eval mode.
 
     shares: weight of each folder, above 0, of any sum; None: all the same. Whole numbers and the tokenizer are the
-    first's. One folder after another is read: two parts are in memory at most.
+    first's. One folder after another is read, so that memory does not grow with their number.
     Raises InputError for fewer than two folders, shares that do not fit, parts of another class, size or tokenizer, and
     as `load_part` does.
     """

@@ -2,13 +2,15 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from genpipe.errors import InputError
+from genpipe.json_files import peek_json
 from pipelines.family import save_family
 from pipelines.family_info import INFO_FILE, PIPELINE_PARTS, check_pipeline, class_of, pipelines_of
+from pipelines.folder_info import RECIPE_NAME
 from pipelines.settings import sampling_of
 
 RECIPE_OF_PART = {
@@ -19,7 +21,6 @@ RECIPE_OF_PART = {
     "decoder": "decoder",
     "upsampler": "upsampler",
 }
-RECIPE_FILE = "recipe.json"  # of a run, beside its parts; of an average, beside its weights
 READERS = ("clip", "transformer", "prior", "decoder")  # parts that read captions
 
 
@@ -66,30 +67,21 @@ def parsed_defaults(changes: Sequence[str]) -> dict[str, dict[str, Any]]:
     return defaults
 
 
-def source_of(folder: Path) -> str:
-    """What a part was trained on: as a recipe beside its weights or that of its run says, or the family it lies in."""
-    run, in_recipe = folder.parent, ("data", "source")
-    places = {folder / RECIPE_FILE: in_recipe, run / RECIPE_FILE: in_recipe, run / INFO_FILE: ("trained_on",)}
-    for path, keys in places.items():
-        try:
-            found: Any = json.loads(path.read_text(encoding="utf-8"))
-            for key in keys:
-                found = found[key]
-            return str(found)
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-    return "unknown"
+def recorded_data(folder: Path) -> dict[str, Any]:
+    """The settings of the data that a part was trained on: of the recipe beside its weights, else of its run's.
+
+    Where neither is there, `source` alone: what the family that it lies in was trained on, or "unknown".
+    """
+    for recipe in (folder / RECIPE_NAME, folder.parent / RECIPE_NAME):
+        found = peek_json(recipe).get("data")
+        if isinstance(found, dict):
+            return found
+    return {"source": peek_json(folder.parent / INFO_FILE).get("trained_on", "unknown")}
 
 
-def styled(folder: Path) -> bool:
-    """Whether a part was trained on scenes whose objects have attributes, as the same recipe says."""
-    for place in (folder, folder.parent):
-        try:
-            recipe: Any = json.loads((place / RECIPE_FILE).read_text(encoding="utf-8"))
-            return bool(recipe["data"]["styles"])
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-    return False
+def sources_in(data: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The sources that several such settings name, each once, in order; one of an average or a family may name many."""
+    return sorted({name for each in data for name in str(each.get("source", "unknown")).split(", ")})
 
 
 def assemble(
@@ -119,9 +111,10 @@ def assemble(
         used = PIPELINE_PARTS[name]
         mine = {part: model for part, model in parts.items() if part in used.required + used.optional}
         classes[name](**mine, defaults=info.get("defaults", {}).get(name))
-    sources = sorted({source_of(path) for path in folders.values()})
+    data = {part: recorded_data(path) for part, path in folders.items()}
+    sources = sources_in(data.values())
     drawing = parts.get("dvae") or parts["decoder"]
     whole = {**info, "resolution": drawing.config.resolution, "trained_on": ", ".join(sources)}
     if sources == ["scenes"]:
-        whole["words"] = known_words(styles=all(styled(folders[part]) for part in READERS if part in folders))
+        whole["words"] = known_words(styles=all(bool(data[part].get("styles")) for part in READERS if part in data))
     save_family(folder, parts, whole, card=card, replace=replace)

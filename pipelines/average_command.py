@@ -34,37 +34,37 @@ def average(
 ) -> None:
     """Average the weights of several trainings of one part, each of which went on from another.
 
-    The mean is often better than any of them: `genpipe train ... init=PART` goes on from it, `assemble` takes it.
+    The mean is often better than any of them: `genpipe train ... --set init=PART` goes on from it, `assemble` takes it.
     """
     if out.exists() and not replace:
         raise InputError(f"{out} is there already; give --replace to put the average in its place.")
-    cls = _class_in(parts[0])
     from genpipe.averaging import average_parts
+    from genpipe.json_files import peek_json
     from genpipe.parts import save_part
+    from pipelines.family_info import class_of, part_of
 
-    save_part(average_parts(cls, parts, shares), out)
-    _note_origin(out, parts)
+    named = str(peek_json(parts[0] / "config.json").get("_class_name"))
+    part = part_of(named)
+    if part is None:
+        raise InputError(f"{parts[0]} holds no trained part; name folders as runs/dalle1/transformer.")
+    origin = _origin(parts)  # before one of them is replaced
+    save_part(average_parts(class_of(part, named), parts, shares), out)
+    _note(origin, out)
     show(str(out))
 
 
-def _class_in(folder: Path) -> Any:
-    """The class of the part in a folder, as its config.json names it. Raises InputError where none is."""
-    from genpipe.json_files import peek_json
-    from pipelines.family_info import PART_CLASSES, class_of
+def _origin(parts: Sequence[Path]) -> dict[str, Any]:
+    """What `assemble` asks a recipe for: the data that the parts were trained on."""
+    from pipelines.assembly import recorded_data, sources_in
 
-    named = str(peek_json(folder / "config.json").get("_class_name"))
-    for part, paths in PART_CLASSES.items():
-        if named in {path.rpartition(".")[2] for path in paths}:
-            return class_of(part, named)
-    raise InputError(f"{folder} holds no trained part; name folders as runs/dalle1/transformer.")
+    data = [recorded_data(part) for part in parts]
+    return {"data": {"source": ", ".join(sources_in(data)), "styles": all(bool(each.get("styles")) for each in data)}}
 
 
-def _note_origin(out: Path, parts: Sequence[Path]) -> None:
-    """Write into the new folder what `assemble` asks a run for: the data that the parts were trained on."""
-    from pipelines.assembly import source_of, styled
+def _note(origin: dict[str, Any], out: Path) -> None:
+    from pipelines.folder_info import RECIPE_NAME
 
-    data = {"source": ", ".join(sorted({source_of(part) for part in parts})), "styles": all(map(styled, parts))}
     try:
-        (out / "recipe.json").write_text(json.dumps({"data": data}, indent=1) + "\n", encoding="utf-8")
+        (out / RECIPE_NAME).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{out / 'recipe.json'} cannot be written ({error.strerror}); the weights are.") from error
+        raise InputError(f"{out / RECIPE_NAME} cannot be written ({error.strerror}); the weights are.") from error

@@ -143,6 +143,12 @@ def class_of(part: str, class_name: str | None = None) -> Any:
     raise InputError(f"There is no class {str(class_name)[:40]!r} for the part {part!r}; get the family again.")
 
 
+def part_of(class_name: object) -> str | None:
+    """The part that a class, by its bare name, is one of; None for a name that is not known."""
+    known = ((part, path.rpartition(".")[2]) for part, paths in PART_CLASSES.items() for path in paths)
+    return next((part for part, name in known if name == class_name), None)
+
+
 def pipelines_of(parts: Iterable[str]) -> list[str]:
     """The pipelines that some parts make."""
     present = set(parts)

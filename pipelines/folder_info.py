@@ -9,7 +9,7 @@ from typing import Any
 
 from genpipe.errors import InputError
 from genpipe.json_files import peek_json
-from pipelines.family_info import PART_CLASSES
+from pipelines.family_info import part_of
 from pipelines.published_source import sizes_of
 from pipelines.report import describe_part
 
@@ -69,8 +69,8 @@ def _published(path: Path) -> Found | None:
 
 def _part(path: Path) -> Found | None:
     name = peek_json(path / "config.json").get("_class_name")
-    parts = [part for part, paths in PART_CLASSES.items() if name in {each.rpartition(".")[2] for each in paths}]
-    if not parts:
+    part = part_of(name)
+    if part is None:
         return None
     from genpipe.weight_files import weight_table
 
@@ -81,11 +81,11 @@ def _part(path: Path) -> Found | None:
         missing.append(str(error))
     return {
         "kind": "part",
-        "part": parts[0],
+        "part": part,
         **describe_part(path, str(name)),
         "complete": not missing,
         "missing": missing,
-        "use": f"genpipe assemble FAMILY --{parts[0]} {path}",
+        "use": f"genpipe assemble FAMILY --{part} {path}",
     }
 
 

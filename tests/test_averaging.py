@@ -11,7 +11,7 @@ from genpipe.dalle1.transformer import DALLE1Transformer
 from genpipe.errors import InputError
 from genpipe.parts import load_part, save_part
 from genpipe.tokenizer import CaptionTokenizer
-from pipelines.assembly import source_of, styled
+from pipelines.assembly import recorded_data
 
 CAPTIONS = ["a red circle", "two blue squares", "a green star"]
 
@@ -91,11 +91,13 @@ def test_the_verb_writes_a_part_that_knows_what_it_was_trained_on(run, folders, 
     assert done.code == 0 and done.out.strip() == str(out)
     expected = average_parts(DVAE, folders[:2], [3, 1]).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_part(DVAE, out).state_dict().items())
-    assert source_of(out) == "scenes" and styled(out)
+    assert recorded_data(out) == {"source": "scenes", "styles": True}
     again = run("average", *folders, "--out", out)
     assert again.code == 2 and "--replace" in again.err
     assert run("average", *folders, "--out", out, "--replace").code == 0
-    assert source_of(out) == "cats, scenes"
+    assert recorded_data(out)["source"] == "cats, scenes"
+    assert run("average", out, folders[0], "--out", out, "--replace").code == 0  # in the place of one of them
+    assert recorded_data(out)["source"] == "cats, scenes"
 
 
 def test_the_verb_refuses_what_is_no_part(run, folders, tmp_path) -> None:
