@@ -4,11 +4,13 @@ import itertools
 import pickle
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from genpipe.data import glyphs, layout
+from genpipe.data.backgrounds import blend, named_colours, nearest_name
 from genpipe.data.captions import known_words
 from genpipe.data.glyphs import FONT_VARIABLE, Glyphs, find_font
 from genpipe.data.likeness import Likeness
@@ -448,6 +450,47 @@ def test_faint_scenes_are_as_many_as_asked_for_and_still_of_the_split():
     assert EmojiScenes(faint_share=0.0).scene(5) == EmojiScenes().scene(5)
     with pytest.raises(InputError, match="The share of faint scenes must be from 0 to 1, not 1.5"):
         EmojiScenes(faint_share=1.5)
+
+
+def test_blended_backgrounds_have_no_name_and_keep_their_distance_from_held_out_colours():
+    scenes, named = EmojiScenes(objects="common", blended_share=1.0), EmojiScenes(objects="common")
+    drawn = [scenes.scene(i) for i in range(1000)]
+    assert {scene.background for scene in drawn} == {""} and len({scene.colour for scene in drawn}) > 800
+    for i, scene in enumerate(drawn):
+        assert not is_held_out(replace(scene, background=nearest_name(scene.colour)))
+        assert replace(scene, background="", colour=(0, 0, 0)) == replace(
+            named.scene(i), background="", colour=(0, 0, 0)
+        )  # everything else is as it was
+    colours = {
+        word
+        for background in vocabulary().backgrounds.values()
+        for _, name in background.names
+        for word in name.split()
+    }
+    captions = [scenes.example(i).caption for i in range(200)]
+    assert not any(colours & {*caption.split()} - {"orange"} for caption in captions)  # an orange is an object, too
+    assert tuple(scenes.draw(drawn[0])[0, 0]) == drawn[0].colour
+    assert scenes.caption(drawn[0], np.random.default_rng(0), mention_background=True)  # there is none to mention
+
+
+def test_as_many_backgrounds_are_blended_as_asked_for_and_none_of_twins():
+    scenes = EmojiScenes(blended_share=0.3)
+    assert 0.25 < np.mean([not scenes.scene(i).background for i in range(1000)]) < 0.35
+    assert all(scenes.twins(i).scene.background for i in range(30))
+    held_out = EmojiScenes(split="heldout", blended_share=1.0)
+    assert all(
+        is_held_out(replace(scene, background=nearest_name(scene.colour))) for scene in map(held_out.scene, range(200))
+    )
+    for wrong in (-0.1, 1.5, float("nan")):
+        with pytest.raises(InputError, match="The share of blended backgrounds must be from 0 to 1, not"):
+            EmojiScenes(blended_share=wrong)
+
+
+def test_a_blend_lies_between_two_colours():
+    colours = named_colours()
+    assert blend("white", "black", 0.0) == colours["white"] and blend("white", "black", 1.0) == colours["black"]
+    assert blend("white", "black", 0.5) == (134, 134, 134)
+    assert all(nearest_name(colour) == name for name, colour in colours.items())
 
 
 def test_half_of_the_objects_of_mixed_scenes_are_common():

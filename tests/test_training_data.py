@@ -206,9 +206,10 @@ def test_emphasis_is_for_training_and_not_for_its_figures() -> None:
     captions = captions_of(hard, 200)
     assert captions != captions_of(plain, 200) and sum("cat" in c or "sun" in c for c in captions) > 25
     assert Validation(hard, 9).pairs()[1] == Validation(plain, 9).pairs()[1]
-    faint = DataConfig(size=16, objects="common", faint_share=1.0)
-    assert captions_of(faint, 20) != captions_of(plain, 20)
-    assert Validation(faint, 9).pairs()[1] == Validation(plain, 9).pairs()[1]
+    for other in ({"faint_share": 1.0}, {"blended_share": 1.0}):
+        data = DataConfig(size=16, objects="common", **other)  # type: ignore[arg-type]
+        assert captions_of(data, 20) != captions_of(plain, 20)
+        assert Validation(data, 9).pairs()[1] == Validation(plain, 9).pairs()[1]
     with pytest.raises(InputError, match="'yeti' is to be emphasised"):
         check_source(DataConfig(emphasis="cat, yeti"))
 

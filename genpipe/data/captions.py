@@ -160,6 +160,7 @@ def write_caption(
 ) -> str:
     """The caption of a scene, lower-case. The wording decides on what is None; True forces, False forbids.
 
+    mention_background: what has no name is never mentioned.
     state_relation: True makes sure that a pair's caption says where the objects are; False leaves it to the wording,
     which leaves it out for one pair in twelve.
     """
@@ -170,8 +171,10 @@ def write_caption(
         noun = _pick_name(vocabulary().objects[name].names, wording.earlier_name)
         thing = _counted(scene, named(noun, scene.attribute_of(name)), wording)
     mention = wording.mention < MENTION_SHARE if mention_background is None else mention_background
-    frame = _pick(_FRAMES if mention else _FRAMES_WITHOUT_BACKGROUND, wording.frame)
-    article, colour = _pick_name(vocabulary().backgrounds[scene.background].names, wording.background_name)
+    article = colour = ""
+    if scene.background:
+        article, colour = _pick_name(vocabulary().backgrounds[scene.background].names, wording.background_name)
+    frame = _pick(_FRAMES if mention and scene.background else _FRAMES_WITHOUT_BACKGROUND, wording.frame)
     return frame.format(
         thing=thing,
         prefix=_pick(_PREFIXES, wording.prefix),

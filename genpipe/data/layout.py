@@ -50,7 +50,8 @@ class Scene:
     kind: "single" (one object), "count" (the same object 2 to 4 times) or "pair" (two different objects).
     objects: the one object's name, or the pair's two names; a pair reads "objects[0] relation objects[1]".
     size: "small" or "large" for a single object that is, None for the medium size and for the other kinds.
-    colour: RGB, 0 to 255, of the background as drawn: the named colour, slightly varied.
+    background: name of its colour; "" for a blend of two colours, which has none.
+    colour: RGB, 0 to 255, of the background as drawn: the named colour, slightly varied, or the blend.
     attributes: of each of `objects`, one of genpipe.data.styles' or None for the emoji as it is; () where all are so.
     """
 

@@ -7,10 +7,11 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
+from genpipe.data.backgrounds import blend, named_colours, nearest_name, vary
 from genpipe.data.captions import PLAIN_SHARE, UNPLACED_SHARE, Wording, known_words, write_caption
 from genpipe.data.glyphs import Glyphs, find_font
 from genpipe.data.holdout import holds_out, is_held_out
@@ -45,6 +46,7 @@ __all__ = [
     "split_words",
 ]
 
+T = TypeVar("T")
 Split = Literal["train", "heldout", "all"]
 Objects = Literal["all", "common", "mixed"]
 
@@ -52,12 +54,11 @@ _KIND_ENDS: tuple[tuple[Kind, float], ...] = (("single", 0.25), ("count", 0.55),
 _SIZES: tuple[SizeWord | None, ...] = (None, None, "small", "large")
 _SMALLEST_PICTURE, _LARGEST_PICTURE = 8, 2048
 _RECOLOURED_SHARE = 0.35  # of twins whose kind is left open; scenes that allow nothing else come on top
-_COLOUR_JITTER = 8  # levels, of 255, to either side of a background's named colour
 _STYLED_SHARE = 0.5  # of objects that have an attribute, where there are styles
 _ALIKE = 6  # objects among which a renamed one's likes are chosen
 
 # Independent streams of random numbers of one index.
-_SCENE, _CAPTION, _TWIN, _OTHER_SCENE, _STYLE, _OTHER_STYLE, _FAINT = range(7)
+_SCENE, _CAPTION, _TWIN, _OTHER_SCENE, _STYLE, _OTHER_STYLE, _FAINT, _BLEND = range(8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +81,8 @@ def _whole_number(value: int, what: str, lowest: int, highest: int | None = None
     return number
 
 
-def _choice(names: tuple[str, ...], u: float) -> str:
-    return names[int(u * len(names))]
+def _choice(choices: tuple[T, ...], u: float) -> T:
+    return choices[int(u * len(choices))]
 
 
 class EmojiScenes:
@@ -101,6 +102,8 @@ class EmojiScenes:
     emphasis: names of objects that are drawn three times as often as others.
     faint_share: of scenes in which at least one object has nearly the colours of its background (`Likeness.faint`),
         in [0, 1]; the others are left to chance, which makes a few more of them faint.
+    blended_share: of scenes, twins aside, whose background is a blend of two named colours, in [0, 1]; it has no name,
+        and captions leave it out. A blend is on the side of the hold-out of the named colour that is nearest to it.
     Raises InputError for arguments outside these limits. Instances hold no random state: they can be pickled, shared
     between worker processes and asked in any order.
     """
@@ -117,6 +120,7 @@ class EmojiScenes:
         styles: bool = False,
         emphasis: Sequence[str] = (),
         faint_share: float = 0.0,
+        blended_share: float = 0.0,
     ):
         self.size = _whole_number(size, "The size of a scene in pixels", _SMALLEST_PICTURE, _LARGEST_PICTURE)
         self.seed = _whole_number(seed, "The seed of the scenes", 0)
@@ -124,14 +128,13 @@ class EmojiScenes:
             raise InputError(f"The split must be one of {', '.join(get_args(Split))}, not {split!r}.")
         if objects not in get_args(Objects):
             raise InputError(f"The objects must be one of {', '.join(get_args(Objects))}, not {objects!r}.")
-        if not 0 <= plain_share <= 1:
-            raise InputError(f"The share of plain relations must be from 0 to 1, not {plain_share!r}.")
-        if not 0 <= unplaced_share <= 1:
-            raise InputError(f"The share of pairs without places must be from 0 to 1, not {unplaced_share!r}.")
-        if not 0 <= faint_share <= 1:
-            raise InputError(f"The share of faint scenes must be from 0 to 1, not {faint_share!r}.")
+        whats = ("plain relations", "pairs without places", "faint scenes", "blended backgrounds")
+        for what, share in zip(whats, (plain_share, unplaced_share, faint_share, blended_share), strict=True):
+            if not 0 <= share <= 1:
+                raise InputError(f"The share of {what} must be from 0 to 1, not {share!r}.")
         self.split: Split = split
         self.faint_share = faint_share
+        self.blended_share = blended_share
         self.plain_share = plain_share
         self.unplaced_share = unplaced_share
         self._choices = choices(objects, emphasis)
@@ -147,6 +150,12 @@ class EmojiScenes:
 
     def scene(self, index: int) -> Scene:
         """Scene number `index` (0, 1, 2, ... without end). Raises InputError for a negative index."""
+        scene = self._named_scene(index)
+        if self.blended_share > 0 and (generator := self._generator(index, _BLEND)).random() < self.blended_share:
+            return self._blend(scene, generator)
+        return scene
+
+    def _named_scene(self, index: int) -> Scene:
         faint = self.faint_share > 0 and self._generator(index, _FAINT).random() < self.faint_share
         return self._sample(self._generator(index, _SCENE), self._generator(index, _STYLE), faint=faint)
 
@@ -164,7 +173,7 @@ class EmojiScenes:
         if asked is not None:
             kind = asked
         objects, attributes, background, jitter = self._combine(generator, style_generator, kind, faint)
-        colour = self._vary(background, jitter)
+        colour = vary(background, jitter)
         if kind == "pair":
             relation = RELATIONS[int(detail * len(RELATIONS))]
             placements = place_pair((objects[0], objects[1]), relation, numbers)
@@ -179,8 +188,7 @@ class EmojiScenes:
 
     @functools.cached_property
     def _faint(self) -> frozenset[tuple[str, str]]:
-        colours = {name: words.colour for name, words in vocabulary().backgrounds.items()}
-        return self._likeness.faint(self.objects, colours)
+        return self._likeness.faint(self.objects, named_colours())
 
     def _combine(
         self, generator: np.random.Generator, style_generator: np.random.Generator, kind: Kind, faint: bool
@@ -198,19 +206,22 @@ class EmojiScenes:
             if faint and self._faint.isdisjoint((name, background) for name in objects):
                 continue
             attributes = draw_attributes(styled, style_generator)
-            if not all(shows_on(attribute, background) for attribute in attributes):
-                continue
-            if self.split == "all" or holds_out(objects, background, attributes) == (self.split == "heldout"):
+            if self._allows(objects, background, attributes):
                 return objects, attributes, background, more
 
-    def _vary(self, background: str, numbers: list[float]) -> tuple[int, int, int]:
-        """The background's colour, each channel moved a little; the extremes are clipped."""
-        named = vocabulary().backgrounds[background].colour
-        levels = 2 * _COLOUR_JITTER + 1
-        red, green, blue = (
-            min(max(level - _COLOUR_JITTER + int(u * levels), 0), 255) for level, u in zip(named, numbers, strict=True)
-        )
-        return red, green, blue
+    def _allows(self, objects: tuple[str, ...], background: str, attributes: Attributes) -> bool:
+        """Whether a scene of this is on the split's side of the hold-out, with attributes that can be seen."""
+        if not all(shows_on(attribute, background) for attribute in attributes):
+            return False
+        return self.split == "all" or holds_out(objects, background, attributes) == (self.split == "heldout")
+
+    def _blend(self, scene: Scene, generator: np.random.Generator) -> Scene:
+        """The scene on a blend of its background and another; the name nearest to it is on the split's side."""
+        while True:
+            other, share = generator.random(2).tolist()
+            colour = blend(scene.background, _choice(self.backgrounds, other), share)
+            if self._allows(scene.objects, nearest_name(colour), scene.attributes):
+                return replace(scene, background="", colour=colour)
 
     def draw(self, scene: Scene) -> np.ndarray:
         """The picture of a scene, uint8 (size, size, 3), RGB.
@@ -267,7 +278,7 @@ class EmojiScenes:
         """
         if kind is not None and kind not in get_args(TwinKind):
             raise InputError(f"The kind of twins must be one of {', '.join(get_args(TwinKind))}, not {kind!r}.")
-        scene = self.scene(index)
+        scene = self._named_scene(index)
         generator = self._generator(index, _TWIN)
         may_recount = scene.kind == "count" or (scene.kind == "single" and scene.size is None)
         recolour_number = generator.random()
@@ -305,7 +316,7 @@ class EmojiScenes:
         )
         choice, *jitter = generator.random(4).tolist()
         background = _choice(others, choice)
-        return replace(scene, background=background, colour=self._vary(background, jitter))
+        return replace(scene, background=background, colour=vary(background, jitter))
 
     def _rename(self, scene: Scene, generator: np.random.Generator) -> Scene:
         """Another object in the place of one; in training, one that is not held out with what stays."""

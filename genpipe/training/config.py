@@ -28,6 +28,7 @@ class DataConfig:
         those that are hard to learn.
     faint_share: of emoji scenes, those in which an object has nearly the colours of its background; 0 leaves that to
         chance.
+    blended_share: of emoji scenes, those on a blend of two named background colours, which captions leave out.
     unplaced_share: of captions of two objects, those that do not say where they are ("a cat and a dog").
     styles: of emoji scenes: half of the objects are a sketch, a silhouette, pixel art or of another colour.
     split: "train" leaves the held-out combinations of emoji scenes out; other sources ignore it.
@@ -51,6 +52,7 @@ class DataConfig:
     objects: str = "all"
     emphasis: str = ""
     faint_share: float = 0.0
+    blended_share: float = 0.0
     unplaced_share: float = 0.08
     styles: bool = False
     split: str = "train"
@@ -212,7 +214,7 @@ _NOT_BELOW_0 = (
     "objective.keep_codes",
 )  # fmt: skip
 _FROM_0_TO_1 = (
-    "data.hard_negatives", "data.unplaced_share", "data.faint_share", "optimizer.final_fraction",
+    "data.hard_negatives", "data.unplaced_share", "data.faint_share", "data.blended_share", "optimizer.final_fraction",
     "objective.caption_dropout", "objective.degrade", "objective.text_weight", "objective.text_dropout",
     "objective.image_dropout", "objective.scrambled", "objective.layer_decay", "objective.dvae_share",
 )  # fmt: skip

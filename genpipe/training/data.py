@@ -59,6 +59,7 @@ def emoji_scenes(data: DataConfig, split: str, plain_share: float = PLAIN_SHARE)
         styles=data.styles,
         emphasis=[name.strip() for name in data.emphasis.split(",") if name.strip()],
         faint_share=data.faint_share,
+        blended_share=data.blended_share,
     )
 
 

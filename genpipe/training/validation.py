@@ -20,7 +20,8 @@ class Validation:
     def __init__(self, data: DataConfig, count: int) -> None:
         source = data.validation or data.source
         self.kind = "heldout" if data.validation or source == "scenes" else "seen"
-        plain = replace(data, emphasis="", faint_share=0.0)  # figures of runs with and without them can be compared
+        # Figures of runs with and without these can be compared.
+        plain = replace(data, emphasis="", faint_share=0.0, blended_share=0.0)
         self.scenes: EmojiScenes | None = emoji_scenes(plain, "heldout") if source == "scenes" else None
         self._count = count
         self._pairs: tuple[np.ndarray, list[str]] | None = None
