@@ -151,9 +151,8 @@ class EmojiScenes:
     def scene(self, index: int) -> Scene:
         """Scene number `index` (0, 1, 2, ... without end). Raises InputError for a negative index."""
         scene = self._named_scene(index)
-        if self.blended_share > 0 and (generator := self._generator(index, _BLEND)).random() < self.blended_share:
-            return self._blend(scene, generator)
-        return scene
+        generator = self._generator(index, _BLEND)
+        return self._blend(scene, generator) if generator.random() < self.blended_share else scene
 
     def _named_scene(self, index: int) -> Scene:
         faint = self.faint_share > 0 and self._generator(index, _FAINT).random() < self.faint_share
@@ -169,9 +168,7 @@ class EmojiScenes:
         """Draw a scene: its kind first, then combinations until the split allows one, so that kinds keep shares."""
         kind_number, detail, *rest = generator.random(NUMBERS).tolist()
         numbers = iter(rest)
-        kind: Kind = next(name for name, end in _KIND_ENDS if kind_number < end)
-        if asked is not None:
-            kind = asked
+        kind: Kind = asked or next(name for name, end in _KIND_ENDS if kind_number < end)
         objects, attributes, background, jitter = self._combine(generator, style_generator, kind, faint)
         colour = vary(background, jitter)
         if kind == "pair":
