@@ -28,7 +28,9 @@ def dvae() -> Recipe:
     of 64, for 1,178 steps and then, with data.objects=common, for 1,122: 24.2 dB on common objects, 22.8 before; then
     the decoder alone with objective.freeze_codes=true and objective.contrast_power=1 for 980: 24.9 dB, 17 minutes;
     then, with objective.keep_codes=0.8 and data.faint_share=0.4 in place of frozen codes, 800 steps: 25.1 dB, 32
-    minutes, and 8 % of the tokens changed; with keep_codes=0.6, 820 more: 25.3 dB, 35 minutes, 9 %.
+    minutes, and 8 % of the tokens changed; with keep_codes=0.6, 820 more: 25.3 dB, 35 minutes, 9 %; on a core with
+    bf16, where 64 pictures take 0.6 s, 1,400 with data.blended_share=0.35, 1,300 with keep_codes=0.5, 450 of the
+    decoder alone and 1,250 with keep_codes=0.8: 26.1 dB, 43 minutes, 19 % of the tokens changed.
     """
     return Recipe(
         name="dvae",
@@ -112,7 +114,10 @@ def dalle1() -> Recipe:
     1.47, 78 minutes of one; then 960 on two processes, 1.43, 49 minutes of two; then 251, 486 with
     data.faint_share=0.35 and 630 beside the dVAE that had gone on: 1.41, 106 minutes of one; then
     560 and 410 in the same way: 1.410 on the new tokens, 77 minutes; the mean of four such states (`genpipe average`):
-    1.365; from there 740 in the same way, 69 minutes, 1.376, and the mean of that and its start: 1.346.
+    1.365; from there 740 in the same way, 69 minutes, 1.376, and the mean of that and its start: 1.346, or 1.407 on
+    other scenes. Beside the dVAE that had gone on, with data.blended_share=0.2, on a core with bf16: 1,300 steps, the
+    mean of start and end (0.3 and 0.7), 1,150 with dropout 0.1, the mean again (halves), 800 without, the mean again
+    (0.4 and 0.6): 1.362 on the new tokens and those scenes, where 1.479 was the start; 60 minutes.
     """
     return Recipe(
         name="dalle1",
