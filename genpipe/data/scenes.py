@@ -168,7 +168,7 @@ class EmojiScenes:
         """Draw a scene: its kind first, then combinations until the split allows one, so that kinds keep shares."""
         kind_number, detail, *rest = generator.random(NUMBERS).tolist()
         numbers = iter(rest)
-        kind: Kind = asked or next(name for name, end in _KIND_ENDS if kind_number < end)
+        kind = next(name for name, end in _KIND_ENDS if kind_number < end) if asked is None else asked
         objects, attributes, background, jitter = self._combine(generator, style_generator, kind, faint)
         colour = vary(background, jitter)
         if kind == "pair":
