@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 
+from genpipe.data.backgrounds import nearest_name
 from genpipe.data.layout import Attributes, Scene
 
 
@@ -30,6 +31,6 @@ def is_held_out(scene: Scene) -> bool:
     A tenth of all (object, background) combinations, a tenth of all unordered (object, object) combinations and a tenth
     of all (attribute, object) combinations are held out, by a hash (SHA-256) of their names: the same on every
     computer, and unchanged for old combinations when the vocabulary grows. A scene is held out when at least one of its
-    combinations is.
+    combinations is. A background without a name counts as the named one whose colour is nearest.
     """
-    return holds_out(scene.objects, scene.background, scene.attributes)
+    return holds_out(scene.objects, scene.background or nearest_name(scene.colour), scene.attributes)

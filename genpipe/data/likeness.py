@@ -5,14 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from genpipe.data.backgrounds import Colour
 from genpipe.data.glyphs import Glyphs
 from genpipe.data.vocabulary import vocabulary
 
 _SIDE = 4  # pixels that an emoji is seen in, which leave its colours and their places
 _GREY = 128
 _FAINT_SHARE = 0.15  # of the combinations of an object and a background that count as faint
-
-Colour = tuple[int, int, int]  # RGB, 0 to 255
 
 
 class Likeness:

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -46,7 +46,6 @@ __all__ = [
     "split_words",
 ]
 
-T = TypeVar("T")
 Split = Literal["train", "heldout", "all"]
 Objects = Literal["all", "common", "mixed"]
 
@@ -81,8 +80,8 @@ def _whole_number(value: int, what: str, lowest: int, highest: int | None = None
     return number
 
 
-def _choice(choices: tuple[T, ...], u: float) -> T:
-    return choices[int(u * len(choices))]
+def _choice(names: tuple[str, ...], u: float) -> str:
+    return names[int(u * len(names))]
 
 
 class EmojiScenes:
