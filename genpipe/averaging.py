@@ -15,6 +15,8 @@ from torch import Tensor
 from genpipe.errors import InputError
 from genpipe.parts import Part, load_part
 
+_OF_TRAINING = {"dropout"}  # settings that say nothing of what the weights mean
+
 
 def average_parts(
     cls: type[Part], folders: Sequence[str | os.PathLike[str]], shares: Sequence[float] | None = None
@@ -24,7 +26,7 @@ def average_parts(
     shares: weight of each folder, above 0, of any sum; None: all the same. Whole numbers and the tokenizer are the
     first's. One folder after another is read, so that memory does not grow with their number.
     Raises InputError for fewer than two folders, shares that do not fit, parts of another class, size or tokenizer, and
-    as `load_part` does.
+    as `load_part` does. Parts whose dropout differs are alike; the average has the first's settings.
     """
     weights = _normalised(shares, len(folders))
     first = load_part(cls, folders[0])
@@ -70,7 +72,7 @@ def _check_alike(first: Any, other: Any, first_folder: str | os.PathLike[str], f
 
 
 def _settings(part: Any) -> dict[str, Any]:
-    return {key: value for key, value in part.config.items() if not key.startswith("_")}
+    return {key: value for key, value in part.config.items() if not key.startswith("_") and key not in _OF_TRAINING}
 
 
 def _words(part: Any) -> str | None:

@@ -21,11 +21,11 @@ def small_dvae(seed: int, widths: tuple[int, ...] = (8,)) -> DVAE:
     return DVAE(num_codes=16, widths=widths, blocks_per_group=1, resolution=16)
 
 
-def small_transformer(captions: list[str]) -> DALLE1Transformer:
+def small_transformer(captions: list[str], dropout: float = 0.0) -> DALLE1Transformer:
     tokenizer = CaptionTokenizer.train(captions, vocab_size=300)
     model = DALLE1Transformer(
         vocab_size=tokenizer.vocab_size, num_image_tokens=16, text_length=8, grid_size=4, width=16, num_layers=1,
-        num_heads=2,
+        num_heads=2, dropout=dropout,
     )  # fmt: skip
     model.tokenizer = tokenizer
     return model
@@ -83,6 +83,13 @@ def test_parts_of_another_size_or_tokenizer_are_refused_by_name(folders, tmp_pat
         average_parts(DALLE1Transformer, [tmp_path / "a", tmp_path / "b"])
     own = average_parts(DALLE1Transformer, [tmp_path / "a", tmp_path / "a"]).tokenizer
     assert own.to_json() == load_part(DALLE1Transformer, tmp_path / "a").tokenizer.to_json()
+
+
+def test_dropout_makes_no_difference_and_the_average_has_that_of_the_first(tmp_path) -> None:
+    for name, dropout in (("with", 0.1), ("without", 0.0)):
+        save_part(small_transformer(CAPTIONS, dropout), tmp_path / name)
+    assert average_parts(DALLE1Transformer, [tmp_path / "with", tmp_path / "without"]).config.dropout == 0.1
+    assert average_parts(DALLE1Transformer, [tmp_path / "without", tmp_path / "with"]).config.dropout == 0.0
 
 
 def test_the_verb_writes_a_part_that_knows_what_it_was_trained_on(run, folders, tmp_path) -> None:
